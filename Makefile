@@ -1,0 +1,129 @@
+# kablate: `make help` lists the goals; README.md says how they fit together.
+#
+# A bare `make` plans the configured study, runs what is missing, and reports. The plan is made anew each time and writes
+# OUT/cells.mk, a makefile with one target a cell; which cells it holds is decided by identity, not by time stamps.
+
+MAKEFLAGS += --no-builtin-rules
+.SUFFIXES:
+SHELL := /bin/sh
+.DEFAULT_GOAL := run
+
+# V=1 shows commands, V=2 says why each cell runs.
+Q := $(if $(filter 1 2,$(V)),,@)
+reasons := $(if $(filter 2,$(V)),--reasons)
+
+# PYTHON=... uses that interpreter as it is and installs nothing; otherwise ./.venv is set up first.
+VENV := .venv
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(VENV)/bin/python
+SETUP := $(VENV)/.stamp
+else
+SETUP :=
+endif
+PYTHON3 := python3
+# For goals that need no package at all: whatever Python is there.
+ANY_PYTHON = $(if $(wildcard $(PYTHON)),$(PYTHON),$(PYTHON3))
+export PYTHON Q
+export PYTHONUNBUFFERED := 1
+
+# These count only when they stand on make's command line; the environment is too easily polluted with TIME or OUT.
+on_command_line = $(if $(filter command,$(firstword $(origin $(1)))),$($(1)))
+export KABLATE_OUT := $(call on_command_line,OUT)
+export KABLATE_SEEDS := $(call on_command_line,SEEDS)
+export KABLATE_TIME := $(call on_command_line,TIME)
+export RETRY NAME STUDY ALL FULL A B
+
+STEP_GOALS := $(basename $(notdir $(wildcard gpt2/steps/*.config)))
+
+##@ Run a study
+.PHONY: run
+run: $(SETUP) ## plan the configured study, run the cells that are missing, report
+	$(Q)cells=$$($(PYTHON) -m scripts.plan --write $(reasons) $(STEPS)) && \
+	KABLATE_MAKE_PID=$$PPID $(MAKE) --no-print-directory -f "$$cells" && \
+	$(PYTHON) -m scripts.report
+
+.PHONY: $(STEP_GOALS)
+$(STEP_GOALS): STEPS = $@
+$(STEP_GOALS): run
+
+.PHONY: plan
+plan: $(SETUP) ## list the study's cells, their state, and why each would run
+	$(Q)$(PYTHON) -m scripts.plan
+
+.PHONY: report
+report: $(SETUP) ## print and write the report of what is on disk
+	$(Q)$(PYTHON) -m scripts.report
+
+.PHONY: check
+check: $(SETUP) ## prove every architecture of the study on the CPU (STUDY=name, ALL=1 every step, FULL=1 real depth)
+	$(Q)$(PYTHON) -m scripts.check
+
+.PHONY: data
+data: $(SETUP) ## prepare the configured data set, or check the one that is there
+	$(Q)$(PYTHON) -m scripts.data
+
+##@ Configure
+.PHONY: defconfig-%
+defconfig-%: $(SETUP) ## write .config from a study, with fragments: defconfig-gpt2-ra-ablation+tiny
+	$(Q)$(PYTHON) -m scripts.kconfig defconfig '$*'
+
+KCONFIG_GOALS := menuconfig nconfig oldconfig olddefconfig listnewconfig savedefconfig
+.PHONY: $(KCONFIG_GOALS)
+menuconfig: ## edit .config in a menu
+nconfig: ## the same as menuconfig
+oldconfig: ## ask for the values of symbols that are new since .config was written
+olddefconfig: ## give those symbols their defaults
+listnewconfig: ## list them
+savedefconfig: ## write .config back to its study in minimal form (NAME=study for another)
+$(KCONFIG_GOALS): $(SETUP)
+	$(Q)$(PYTHON) -m scripts.kconfig $@
+
+.PHONY: list-defconfigs
+list-defconfigs: ## the studies and fragments there are
+	$(Q)$(ANY_PYTHON) -m scripts.listing defconfigs
+
+.PHONY: list-steps
+list-steps: ## the steps there are
+	$(Q)$(ANY_PYTHON) -m scripts.listing steps
+
+.PHONY: diffconfig
+diffconfig: $(SETUP) ## compare two configurations: A=study-or-file B=study-or-file (default: .config's study and .config)
+	$(Q)$(PYTHON) -m scripts.diffconfig
+
+##@ Develop
+.PHONY: setup
+setup: $(SETUP) ## create ./.venv with the pinned requirements
+$(VENV)/.stamp: pyproject.toml requirements.txt constraints.txt
+	$(Q)$(PYTHON3) -m venv $(VENV)
+	$(Q)$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	$(Q)touch $@
+
+.PHONY: test
+test: $(SETUP) ## run the tests (no network, no GPU, under 10 minutes on 2 cores)
+	$(Q)$(PYTHON) -m pytest
+
+.PHONY: lint
+lint: $(SETUP) ## run ruff
+	$(Q)$(PYTHON) -m ruff check .
+
+.PHONY: bench-check
+bench-check: $(SETUP) ## time make check on gpt2-ra-ablation
+	$(Q)$(PYTHON) -m scripts.bench check
+
+.PHONY: bench-overhead
+bench-overhead: $(SETUP) ## seconds that each finished cell of the study spent outside its budget
+	$(Q)$(PYTHON) -m scripts.bench overhead
+
+##@ Other
+.PHONY: clean
+clean: ## remove caches; results and .config stay
+	$(Q)rm -rf .pytest_cache .ruff_cache .hypothesis
+	$(Q)find lib gpt2 scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: mrproper
+mrproper: clean ## clean, and remove .config and .venv; results stay
+	$(Q)rm -rf .config .config.old $(VENV)
+
+.PHONY: help
+help: ## this list
+	$(Q)$(ANY_PYTHON) -m scripts.listing goals

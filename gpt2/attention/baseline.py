@@ -1,0 +1,87 @@
+"""Causal self-attention of GPT-2: one fused projection, one SDPA call, one output projection.
+
+    [q | k | v] = x W^T + b        q, k, v: [B, H, T, D]
+    y = softmax(q k^T / sqrt(D) + causal mask) v
+    out = dropout(y W_o^T + b_o)
+
+Mechanisms that only change the weights of the projection override `projection_weights`; those that only change what
+happens to the attended values override `combine`. Causality and cached decoding are then inherited.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gpt2.kv_cache import LayerCache
+from gpt2.layers import INIT_STD, Linear, residual_std
+
+
+class CausalSelfAttention(nn.Module):
+    """[B, T, n_embd] -> [B, T, n_embd]. Source: Radford et al. 2019.
+
+    `proj_std` is the start's standard deviation of the output projection.
+    """
+
+    gate_parameters: tuple[str, ...] = ()
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float = 0.0, bias: bool = True, proj_std: float = INIT_STD):
+        super().__init__()
+        if n_embd % n_head:
+            raise ValueError(f"n_embd {n_embd} must be divisible by n_head {n_head}")
+        self.n_embd, self.n_head, self.head_dim = n_embd, n_head, n_embd // n_head
+        self.dropout = dropout
+        self.c_attn = Linear(n_embd, 3 * n_embd, bias=bias)
+        self.c_proj = Linear(n_embd, n_embd, bias=bias, init_std=proj_std)
+        self.resid_dropout = nn.Dropout(dropout)
+
+    @classmethod
+    def from_config(cls, cfg):
+        return cls(cfg.GPT2_N_EMBD, cfg.GPT2_N_HEAD, cfg.GPT2_DROPOUT, cfg.GPT2_BIAS, residual_std(cfg.GPT2_N_LAYER))
+
+    @staticmethod
+    def extra_parameters(cfg) -> int:
+        """Parameters of one layer beyond GPT-2's, in closed form; the law of parameter counts compares with it."""
+        return 0
+
+    @staticmethod
+    def cache_bytes_per_token(cfg, itemsize: int) -> int:
+        """Cache bytes one layer needs for one token, in closed form."""
+        return 2 * cfg.GPT2_N_EMBD * itemsize
+
+    def dead_elements(self) -> dict:
+        """Elements that cannot receive gradient: a key bias adds the same number to all scores of a row."""
+        return {} if self.c_attn.bias is None else {"c_attn.bias": slice(self.n_embd, 2 * self.n_embd)}
+
+    def sizes(self) -> dict:
+        """Resolved integers, for metrics.json."""
+        return {"head_dim": self.head_dim}
+
+    def new_cache(self, batch_size: int, capacity: int, dtype, device) -> LayerCache:
+        return LayerCache(batch_size, self.n_head, capacity, self.head_dim, dtype, device)
+
+    def projection_weights(self):
+        """Weight [3 n_embd, n_embd] and bias [3 n_embd] (or None) of the fused projection."""
+        return self.c_attn.weight, self.c_attn.bias
+
+    def combine(self, attended, values):
+        """What leaves the heads: attended and the values of the same positions, both [B, H, T, D]."""
+        return attended
+
+    def forward(self, x, cache: LayerCache | None = None):
+        B, T, E = x.shape
+        q, k, v = F.linear(x, *self.projection_weights()).split(E, dim=2)
+        q, k, v = (t.view(B, T, self.n_head, self.head_dim).transpose(1, 2) for t in (q, k, v))
+        keys, values = (k, v) if cache is None else cache.append(k, v)
+        past = keys.size(2) - T
+        # With a prefix, is_causal would align the mask to the first key; the new rows belong at the end.
+        mask = causal_mask(T, past, x.device) if past and T > 1 else None
+        attended = F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and past == 0)
+        y = self.combine(attended, v).transpose(1, 2).reshape(B, T, E)
+        return self.resid_dropout(self.c_proj(y))
+
+
+def causal_mask(rows: int, past: int, device):
+    """Boolean [rows, past + rows]: row i sees the keys up to position past + i."""
+    return torch.ones(rows, past + rows, dtype=torch.bool, device=device).tril(past)

@@ -1,0 +1,184 @@
+"""The laws every step must obey, checked on the CPU in float32 in about a second a step.
+
+Sizes are checked on the full model on the meta device; behaviour on the same classes at the study's width and heads, cut
+to 2 layers, a vocabulary of 512 and a context of 64, so that the borders between blocks of tokens are crossed.
+
+A law is a function that takes a Subject and returns None, or one sentence on how the step breaks it. LAWS lists them in
+order; scripts/check.py runs them.
+"""
+
+import io
+import math
+import pkgutil
+from dataclasses import dataclass, field
+
+import torch
+
+from gpt2.model import GPT, expected_parameters
+from lib import optimizers
+
+SMALL = {"GPT2_N_LAYER": 2, "VOCAB_SIZE": 512, "GPT2_BLOCK_SIZE": 64}
+BATCH = 2
+TOLERANCE = 2e-5  # of logits of size 1, between two orders of float32 sums
+CHUNKS = (17, 1, 1, 13)  # cached decoding: a prompt, single tokens, a chunk on a prefix, then the rest
+
+
+@dataclass
+class Subject:
+    """A step under test. `reference` is the baseline's start; None for the baseline itself."""
+
+    step: str
+    cfg: object
+    equals: str | None = None
+    reference: "Subject | None" = None
+    depth: dict = field(default_factory=lambda: dict(SMALL))
+
+    def __post_init__(self):
+        self.small = self.cfg.replace(**self.depth)
+        with torch.device("meta"):
+            self.full = GPT(self.cfg)
+        self.model = GPT(self.small)
+        self.start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        generator = torch.Generator().manual_seed(0)
+        shape = (BATCH, self.small.GPT2_BLOCK_SIZE + 1)
+        tokens = torch.randint(self.small.VOCAB_SIZE, shape, generator=generator)
+        self.x, self.y = tokens[:, :-1], tokens[:, 1:]
+        self.start_logits = self.logits(self.x)
+
+    @torch.no_grad()
+    def logits(self, x, cache=None):
+        return self.model.eval()(x, cache=cache)[0]
+
+
+def parameter_count(s: Subject):
+    found, expected = sum(p.numel() for p in s.full.parameters()), expected_parameters(s.cfg)
+    return None if found == expected else f"the full model has {found} parameters, its formula says {expected}"
+
+
+def cache_bytes(s: Subject):
+    found = s.full.new_cache(1).nbytes()
+    layer = pkgutil.resolve_name(s.cfg.ATTENTION_CLASS).cache_bytes_per_token(s.cfg, itemsize=4)
+    expected = s.cfg.GPT2_N_LAYER * s.cfg.GPT2_BLOCK_SIZE * layer
+    return None if found == expected else f"the cache holds {found} bytes, its formula says {expected}"
+
+
+def same_start(s: Subject):
+    """Equal starting points: what has the baseline's name and shape starts with the baseline's numbers."""
+    for name, tensor in s.start.items():
+        other = s.reference.start.get(name) if s.reference else None
+        if other is not None and other.shape == tensor.shape and not torch.equal(other, tensor):
+            return f"{name} does not start where the baseline's starts"
+    return None
+
+
+def differs(s: Subject):
+    """A step differs from the baseline in its parameters or its function, unless it declares to equal it."""
+    if s.reference is None:
+        return None
+    shapes = [{name: t.shape for name, t in one.start.items()} for one in (s, s.reference)]
+    same = shapes[0] == shapes[1] and torch.equal(s.start_logits, s.reference.start_logits)
+    declared = s.equals == s.reference.step
+    if same and not declared:
+        return f"it is {s.reference.step} in disguise: the same parameters and the same function"
+    return f"it declares to equal {s.equals}, but differs from it" if declared and not same else None
+
+
+def initial_loss(s: Subject):
+    with torch.no_grad():
+        loss = s.model.eval()(s.x, s.y)[1].item()
+    expected = math.log(s.small.VOCAB_SIZE)
+    return None if abs(loss - expected) < 0.5 else f"the loss starts at {loss:.3f}, far from ln(vocabulary) = {expected:.3f}"
+
+
+def causality(s: Subject):
+    """No output at t depends on a token after t. Rows of one batch share a prefix and differ after it."""
+    T = s.x.size(1)
+    for mode in ("eval", "train"):
+        s.model.train(mode == "train")
+        for last in (0, T // 4, T // 2, T - 2):
+            other = s.x.clone()
+            other[:, last + 1:] = (other[:, last + 1:] + 1) % s.small.VOCAB_SIZE
+            outputs = []
+            for tokens in (s.x, other):
+                torch.manual_seed(0)  # the same dropout in both
+                with torch.no_grad():
+                    outputs.append(s.model(tokens)[0][:, :last + 1])
+            worst = (outputs[0] - outputs[1]).abs().max().item()
+            if not worst <= TOLERANCE:
+                return f"in {mode} mode, outputs up to position {last} move by {worst:.1e} with tokens after it"
+            if mode == "train":
+                break  # one border is enough with the same code
+    return None
+
+
+def decoding(s: Subject):
+    """Decoding with a cache, in chunks and single tokens, equals the full forward pass."""
+    cache, parts, at = s.model.new_cache(BATCH), [], 0
+    for size in (*CHUNKS, s.x.size(1) - sum(CHUNKS)):
+        parts.append(s.logits(s.x[:, at:at + size], cache))
+        at += size
+    worst = (torch.cat(parts, 1) - s.start_logits).abs().max().item()
+    return None if worst <= TOLERANCE else f"cached decoding differs from the full forward pass by {worst:.1e}"
+
+
+def gradients(s: Subject):
+    """Every parameter gets a finite gradient, in every row; declared exceptions are elements that cannot get one."""
+    exempt = {f"{prefix}.{name}": part for prefix, module in s.model.named_modules() if hasattr(module, "dead_elements")
+              for name, part in module.dead_elements().items()}
+    s.model.train()
+    torch.manual_seed(0)
+    s.model(s.x, s.y)[1].backward()
+    for name, p in s.model.named_parameters():
+        if p.grad is None:
+            return f"{name} receives no gradient"
+        if not torch.isfinite(p.grad).all():
+            return f"{name} receives a gradient that is not finite"
+        rows = p.grad.detach().flatten(1).norm(dim=1) if p.ndim > 1 else p.grad.detach().abs().clone()
+        if name in exempt:
+            rows[exempt[name]] = rows.max()
+        dead = int((rows <= 1e-7 * rows.max()).sum()) if rows.max() > 0 else len(rows)
+        if dead:
+            return f"{dead} of {len(rows)} rows of {name} receive no gradient"
+    return None
+
+
+def optimizer_step(s: Subject):
+    """One step of the study's optimizer moves every parameter and keeps it finite. Needs `gradients` before it."""
+    optimizers.build(s.model, s.small).step()
+    for name, p in s.model.named_parameters():
+        if not torch.isfinite(p).all():
+            return f"{name} is not finite after one step"
+        if torch.equal(p, s.start[name]):
+            return f"{name} does not move in one step"
+    return None
+
+
+def save_and_load(s: Subject):
+    """The trained state, written and read back into a new model, computes the same bits."""
+    file = io.BytesIO()
+    torch.save(s.model.state_dict(), file)
+    file.seek(0)
+    before = s.logits(s.x)
+    with torch.device("meta"):
+        fresh = GPT(s.small)
+    fresh.load_state_dict(torch.load(file, weights_only=True), assign=True)
+    with torch.no_grad():
+        after = fresh.eval()(s.x)[0]
+    return None if torch.equal(before, after) else "a saved and loaded model computes something else"
+
+
+LAWS = (parameter_count, cache_bytes, same_start, differs, initial_loss, causality, decoding, gradients, optimizer_step,
+        save_and_load)
+
+
+def broken_laws(subject: Subject) -> list[str]:
+    """Every law the step breaks, as 'law: sentence'. A law that cannot be computed is broken."""
+    found = []
+    for law in LAWS:
+        try:
+            sentence = law(subject)
+        except Exception as error:
+            sentence = f"{type(error).__name__}: {error}"
+        if sentence:
+            found.append(f"{law.__name__}: {sentence}")
+    return found

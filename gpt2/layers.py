@@ -1,0 +1,51 @@
+"""Layers as GPT-2 has them, whose start is drawn once, by `init_weights`, from keyed streams.
+
+Contract of the start: a weight is drawn on the CPU from a stream keyed by (seed, its first name in named_parameters());
+arms that have a tensor of the same name and shape therefore start from the same numbers, on every device. Constructors
+draw nothing. Biases start at 0, norms at 1, and a mechanism's own constants (gates, mixers) are set by its constructor.
+"""
+
+import torch
+from torch import nn
+
+from lib.streams import stream_seed
+
+INIT_STD = 0.02  # GPT-2's initializer_range
+
+
+class Linear(nn.Linear):
+    """nn.Linear drawn from N(0, init_std^2); `init_std` is smaller for layers that write to the residual stream."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, init_std: float = INIT_STD):
+        self.init_std = init_std
+        super().__init__(in_features, out_features, bias=bias)
+
+    def reset_parameters(self):
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding drawn from N(0, init_std^2)."""
+
+    init_std = INIT_STD
+
+    def reset_parameters(self):
+        pass
+
+
+def residual_std(n_layer: int) -> float:
+    """Standard deviation for the two layers of a block that write to the residual stream (GPT-2: 1/sqrt(2 L))."""
+    return INIT_STD / (2 * n_layer) ** 0.5
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, seed: int) -> None:
+    """Draw every weight of `model` that has an `init_std`, in place, as the module docstring says."""
+    for name, parameter in model.named_parameters():
+        owner, _, local = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if local == "weight" and hasattr(module, "init_std"):
+            generator = torch.Generator().manual_seed(stream_seed(seed, "init", name))
+            drawn = torch.empty(parameter.shape).normal_(0.0, module.init_std, generator=generator)
+            parameter.copy_(drawn)

@@ -1,0 +1,37 @@
+"""The MLP of GPT-2: y = dropout(W_down gelu(W_up x + b_up) + b_down), with the tanh form of GELU."""
+
+import torch.nn.functional as F
+from torch import nn
+
+from gpt2.layers import INIT_STD, Linear, residual_std
+
+
+class MLP(nn.Module):
+    """[B, T, n_embd] -> [B, T, n_embd] through d_ff = expansion * n_embd hidden features. Source: Radford et al. 2019."""
+
+    gate_parameters: tuple[str, ...] = ()
+
+    def __init__(self, n_embd: int, d_ff: int, dropout: float = 0.0, bias: bool = True, proj_std: float = INIT_STD):
+        super().__init__()
+        self.d_ff = d_ff
+        self.c_fc = Linear(n_embd, d_ff, bias=bias)
+        self.c_proj = Linear(d_ff, n_embd, bias=bias, init_std=proj_std)
+        self.dropout = nn.Dropout(dropout)
+
+    @classmethod
+    def from_config(cls, cfg):
+        return cls(cfg.GPT2_N_EMBD, cfg.GPT2_MLP_EXPANSION * cfg.GPT2_N_EMBD, cfg.GPT2_DROPOUT, cfg.GPT2_BIAS,
+                   residual_std(cfg.GPT2_N_LAYER))
+
+    @staticmethod
+    def extra_parameters(cfg) -> int:
+        """Parameters of one layer beyond GPT-2's, in closed form; the law of parameter counts compares with it."""
+        return 0
+
+    def sizes(self) -> dict:
+        """Resolved integers, for metrics.json."""
+        return {"d_ff": self.d_ff}
+
+    def forward(self, x):
+        h = F.gelu(self.c_fc(x), approximate="tanh")
+        return self.dropout(self.c_proj(h))

@@ -1,0 +1,33 @@
+"""Rules between symbols that Kconfig cannot state, checked at configuration time, without torch.
+
+Also `resolve_size`, the one place where a ratio becomes a count.
+"""
+
+from fractions import Fraction
+
+from lib.errors import UserError
+
+
+def resolve_size(value: Fraction, whole: int) -> int:
+    """A symbol of kind ratio as a count: below 1 it is a share of `whole`, otherwise absolute. At least 1."""
+    return max(1, round(value * whole)) if value < 1 else int(value)
+
+
+def check(cfg) -> None:
+    """Raise UserError for sizes that do not fit together."""
+    heads, width = cfg.GPT2_N_HEAD, cfg.GPT2_N_EMBD
+    if width % heads:
+        raise UserError(f"GPT2_N_EMBD={width} is not divisible by GPT2_N_HEAD={heads}.",
+                        f"choose a width that is a multiple of {heads}.")
+    if cfg.RA_R is not None and cfg.RA_R >= width // heads:
+        raise UserError(f"RA_R={cfg.RA_R} is not below the head width {width // heads}.",
+                        f"set RA_R to at most {width // heads - 1}.")
+    if cfg.RMLP_R_FF is not None:
+        hidden = cfg.GPT2_MLP_EXPANSION * width
+        count = resolve_size(cfg.RMLP_R_FF, hidden)
+        if count >= hidden:
+            raise UserError(f"RMLP_R_FF={cfg.RMLP_R_FF} ({count} features) is not below the hidden width {hidden}.",
+                            f"set RMLP_R_FF to at most {hidden - 1}, or to a ratio below 1.")
+    if cfg.GPT2_MIN_LR > cfg.LEARNING_RATE:
+        raise UserError(f"GPT2_MIN_LR={cfg.GPT2_MIN_LR} is above LEARNING_RATE={cfg.LEARNING_RATE}.",
+                        "set GPT2_MIN_LR to the rate the schedule ends at, usually a tenth of the peak.")

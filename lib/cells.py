@@ -1,0 +1,163 @@
+"""Cells: a study expanded into step x optimizer x seed, and what the disk says of each.
+
+A cell is one folder, one resolved configuration, one command. Its identity decides whether what is on disk is this cell;
+time stamps never do. States: planned, running, done, diverged, failed, interrupted, stale (there is a result or a
+checkpoint, of another identity).
+"""
+
+import copy
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib import results
+from lib.config import Resolved, Study, identity_changes, sealed
+from lib.errors import UserError
+
+MAX_COUNTED_SEEDS = 100
+FOLDER = re.compile(r"[A-Za-z0-9_.+-]+")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a study. `parent` is the folder name of the cell whose trained model it starts from."""
+
+    step: str
+    optimizer: str
+    seed: int
+    name: str
+    resolved: Resolved
+    parent: str | None = None
+
+    def provenance(self) -> dict:
+        """What provenance.json holds: which cell this is, its identity, and where each non-default value came from."""
+        resolved = self.resolved.with_seed(self.seed)
+        return {"study": resolved.config.STUDY, "step": self.step, "optimizer": self.optimizer, "seed": self.seed,
+                "parent": self.parent, "identity": resolved.identity, "symbols": resolved.provenance}
+
+
+@dataclass(frozen=True)
+class Status:
+    """State of a cell on disk, why it is in it, and its record if it has one."""
+
+    state: str
+    why: str
+    record: dict | None = None
+
+
+def parse_seeds(text: str, base: int) -> list[int]:
+    """'1337 1338' is a list; one number up to 100 is a count from `base`. Duplicates are refused."""
+    words = text.replace(",", " ").split()
+    if not words or not all(w.isdecimal() and w.isascii() and int(w) < 2 ** 31 for w in words):
+        raise UserError(f"SEEDS='{text}' is neither a count nor a list of seeds.",
+                        "give a count like SEEDS=3 or a list like SEEDS='1337 1338 1339'.")
+    seeds = [int(w) for w in words]
+    if len(seeds) == 1 and 0 < seeds[0] <= MAX_COUNTED_SEEDS:
+        return [base + i for i in range(seeds[0])]
+    if len(set(seeds)) != len(seeds):
+        raise UserError(f"SEEDS='{text}' names a seed twice.", "name every seed once.")
+    return seeds
+
+
+def folder_name(step: str, optimizer: str, pruning: str, seed: int, base: int) -> str:
+    """'V1@RA_R=8' with AdamWSPAM is test_V1+RA_R-8_adamwspam_none; seeds other than the base seed get a suffix."""
+    name = f"test_{step.replace('@', '+').replace('=', '-').replace(',', '+')}_{optimizer}_{pruning}"
+    name += "" if seed == base else f"_s{seed}"
+    name = re.sub(r"[^A-Za-z0-9_.+-]", "-", name)
+    return name
+
+
+def expand(study: Study, seeds: str | None = None) -> list[Cell]:
+    """All cells of a study in the order they run: seed by seed, so that an interrupted study is balanced."""
+    steps = study.config.ABLATION_STEPS.split()
+    if not steps:
+        raise UserError("the study has no steps.", "set ABLATION_STEPS in make menuconfig (make list-steps lists them).")
+    if len(set(steps)) != len(steps):
+        raise UserError(f"ABLATION_STEPS='{' '.join(steps)}' names a step twice.", "name every step once.")
+    base = study.config.SEED
+    numbers = parse_seeds(seeds or study.config.SEEDS, base)
+    columns = []
+    for optimizer in study.config.OPTIMIZERS.split() or [None]:
+        resolved = {step: study.resolve(step, optimizer) for step in steps}
+        for step in steps:
+            parent = resolved[step].config.INIT_FROM_STEP
+            if parent and parent not in resolved:
+                raise UserError(f"step {step} starts from the model of {parent}, which is not in the study.",
+                                f"add {parent} to ABLATION_STEPS.")
+        for step in steps:
+            columns.append((step, _with_parents(step, resolved), resolved[step].config.INIT_FROM_STEP))
+    cells = []
+    for seed in numbers:
+        for step, one, parent in columns:
+            def name(of, optimizer=one.config.OPTIMIZER, pruning=one.config.PRUNING, seed=seed):
+                return folder_name(of, optimizer, pruning, seed, base)
+            cells.append(Cell(step, one.config.OPTIMIZER, seed, name(step), one, name(parent) if parent else None))
+    names = [cell.name for cell in cells]
+    if len(set(names)) != len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise UserError(f"two cells would share the folder {twice}.", "give their steps different overrides.")
+    return cells
+
+
+def _with_parents(step: str, resolved: dict[str, Resolved], seen: tuple = ()) -> Resolved:
+    """The step's configuration with its parent's identity in its own: a child of another parent is another cell."""
+    one = resolved[step]
+    parent = one.config.INIT_FROM_STEP
+    if not parent:
+        return one
+    if step in seen:
+        raise UserError(f"steps {' -> '.join((*seen, step))} start from each other.", "break the circle in INIT_FROM_STEP.")
+    identity = copy.deepcopy(one.identity)
+    identity["set"]["PARENT"] = _with_parents(parent, resolved, (*seen, step)).identity["hash"]
+    return Resolved(one.config, one.text, sealed(identity), one.provenance)
+
+
+def baseline(study: Study) -> str:
+    """The step that report and laws compare with."""
+    steps = study.config.ABLATION_STEPS.split()
+    name = study.config.BASELINE or steps[0]
+    if name not in steps:
+        raise UserError(f"BASELINE={name} is not one of the study's steps ({' '.join(steps)}).",
+                        "set BASELINE to one of them, or to nothing for the first.")
+    return name
+
+
+def inspect(out: Path, cell: Cell) -> Status:
+    """What the disk says of this cell. Reads only."""
+    folder = out / cell.name
+    if not folder.is_dir():
+        return Status("planned", "never ran")
+    record = results.read(folder)
+    if record is None:
+        if is_locked(folder):
+            return Status("running", "another make runs it")
+        if not (folder / "checkpoint.pt").exists():
+            return Status("planned", "was started, but left no checkpoint")
+        try:
+            found = json.loads((folder / "provenance.json").read_text())["identity"]
+            changes = identity_changes(found, cell.resolved.with_seed(cell.seed).identity)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return Status("stale", f"provenance.json cannot be read: {error}")
+        if changes:
+            return Status("stale", f"its checkpoint is of another configuration: {'; '.join(changes)}")
+        return Status("interrupted", "has a checkpoint to resume from")
+    if record["state"] == "unreadable":
+        return Status("stale", f"metrics.json cannot be read: {record['reason']}", record)
+    changes = identity_changes(record["identity"], cell.resolved.with_seed(cell.seed).identity)
+    if changes:
+        return Status("stale", f"its result is of another configuration: {'; '.join(changes)}", record)
+    return Status(record["state"], record["reason"] or "its result is on disk", record)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a live process holds the cell. The lock is released by the kernel when its owner dies."""
+    if not (folder / ".lock").exists():
+        return False
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True

@@ -1,0 +1,216 @@
+"""The schema: Kconfig files read by kconfiglib, and layers of assignments applied to them and verified.
+
+A *layer* is a list of assignments that came from one place: a defconfig, a fragment, the inline overrides of a step, the
+environment. `Schema.apply` puts a layer on top of what is there and then proves that every assignment took: kconfiglib
+itself drops an unknown symbol, an unmet dependency, a value outside its range or a losing choice without a word.
+
+Kinds of symbol: bool, int, str, float (a string whose default is a number within a range) and ratio (the same with a
+default like 1/48; an integer >= 1 is an absolute size).
+"""
+
+import difflib
+import re
+import tempfile
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import kconfiglib
+
+from lib.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+BOOKKEEPING = "Bookkeeping (changes no number)"  # the menu outside a cell's identity
+BUDGET = ("GPT2_MAX_TIME", "GPT2_MAX_ITERS", "GPT2_MAX_TOKENS")
+
+SET = re.compile(r"CONFIG_([A-Za-z0-9_]+)=(.*)")
+UNSET = re.compile(r"# CONFIG_([A-Za-z0-9_]+) is not set")
+INTEGER = re.compile(r"0|-?[1-9][0-9]*")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+RATIO = re.compile(r"[0-9]+(/[1-9][0-9]*)?|[0-9]*\.[0-9]+")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One symbol given one value; `where` names the place for a person: `gpt2/steps/V3.config:3`."""
+
+    name: str
+    value: str
+    where: str
+
+
+def shown(path: Path) -> str:
+    """The path as a person would type it from the project's root."""
+    path = Path(path).absolute()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def read_layer(path: Path) -> list[Assignment]:
+    """Assignments of a .config-style file, each with its line. Anything but assignments and comments is an error."""
+    layer, seen = [], {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{shown(path)} cannot be read: {error}.", "check the path and the file's permissions.") from None
+    for number, line in enumerate(lines, 1):
+        line, where = line.strip(), f"{shown(path)}:{number}"
+        if match := SET.fullmatch(line):
+            name, value = match.groups()
+            if value.startswith('"'):
+                if not re.fullmatch(r'"(\\.|[^"\\])*"', value):
+                    raise UserError(f"{where}: malformed string {value}.", "close its quotes.")
+                value = kconfiglib.unescape(value[1:-1])
+        elif match := UNSET.fullmatch(line):
+            name, value = match.group(1), "n"
+        elif not line or line.startswith("#"):
+            continue
+        else:
+            raise UserError(f"{where}: '{line}' is no assignment.", "write CONFIG_NAME=value, or make it a comment.")
+        if name in seen:
+            raise UserError(f"{where}: {name} is set a second time (first in line {seen[name]}).", "keep one of the two.")
+        seen[name] = number
+        layer.append(Assignment(name, value, where))
+    return layer
+
+
+class Schema:
+    """The parsed Kconfig files. One instance serves any number of resolves; it holds one configuration at a time."""
+
+    def __init__(self, kconfig: Path = ROOT / "Kconfig"):
+        self.kconf = kconfiglib.Kconfig(str(kconfig), warn_to_stderr=False)
+        # A range on a string is how floats are declared here; kconfiglib keeps it but calls it odd.
+        odd = [w for w in self.kconf.warnings if "has ranges, but is not int or hex" not in w]
+        if odd:
+            raise UserError(f"the Kconfig files do not hold together: {odd[0]}.", "mend the Kconfig file it names.")
+        self.kconf.warnings.clear()
+        self.symbols = {s.name: s for s in self.kconf.unique_defined_syms}
+        self.kinds = {name: _kind(symbol) for name, symbol in self.symbols.items()}
+        self.prompted = {name for name, s in self.symbols.items() if any(node.prompt for node in s.nodes)}
+        self.identity = {name for name in self.prompted if not _in_menu(self.symbols[name], BOOKKEEPING)}
+
+    def reset(self) -> None:
+        self.kconf.unset_values()
+
+    def apply(self, layer: list[Assignment], verify: bool = True) -> None:
+        """Apply a layer. With `verify`, every assignment must have taken; otherwise UserError names the reason.
+
+        A layer that gives one budget clears the budgets of the layers below it.
+        """
+        for a in layer:
+            if a.name not in self.symbols:
+                self._unknown(a)
+            self.check_value(a)
+        budgets = [a.name for a in layer if a.name in BUDGET and a.value != "0"]
+        if len(budgets) == 1:
+            for name in BUDGET:
+                self.symbols[name].unset_value()
+        for a in layer:
+            self.symbols[a.name].set_value(a.value)
+        if verify:
+            for a in layer:
+                self._verify(a)
+
+    def check_value(self, a: Assignment) -> None:
+        """Refuse a value that is not of its symbol's kind or lies outside its range."""
+        kind, value = self.kinds[a.name], a.value
+        if not _well_typed(kind, value):
+            wanted = {"bool": "y or n", "int": "a whole number", "float": "a number",
+                      "ratio": "a ratio like 1/48 or a whole number >= 1", "str": "one line of text"}[kind]
+            raise UserError(f"{a.where}: {a.name}={value} is not {wanted}.", f"give {a.name} {wanted}.")
+        if kind in ("int", "float", "ratio"):
+            for low, high, condition in self.symbols[a.name].ranges:
+                low, high = low.str_value, high.str_value
+                in_force = kconfiglib.expr_value(condition) or kind != "int"
+                if in_force and not Fraction(low) <= Fraction(value) <= Fraction(high):
+                    raise UserError(f"{a.where}: {a.name}={value} is outside its range {low}..{high}.",
+                                    f"give {a.name} a value within it.")
+
+    def _verify(self, a: Assignment) -> None:
+        symbol = self.symbols[a.name]
+        if a.name not in self.prompted:
+            raise UserError(f"{a.where}: {a.name} has no prompt, it follows from other symbols and cannot be set.",
+                            "set the symbols it follows from (make menuconfig shows them).")
+        if symbol.str_value == a.value:
+            return
+        if not symbol.visibility:
+            unmet = kconfiglib.expr_str(_visibility_condition(symbol))
+            raise UserError(f"{a.where}: {a.name}={a.value} did not take, because it depends on {unmet}.",
+                            f"set {unmet} as well, or leave {a.name} out.")
+        if symbol.choice:
+            chosen = symbol.choice.selection
+            raise UserError(f"{a.where}: {a.name}={a.value} did not take, because the choice "
+                            f"'{symbol.choice.nodes[0].prompt[0]}' stands at {chosen.name if chosen else 'nothing'}.",
+                            "set exactly one member of the choice to y.")
+        raise UserError(f"{a.where}: {a.name}={a.value} did not take, it stands at {symbol.str_value or 'nothing'}.",
+                        "look the symbol up in make menuconfig.")
+
+    def _unknown(self, a: Assignment) -> None:
+        near = difflib.get_close_matches(a.name.upper(), self.prompted, n=1)
+        hint = f"did you mean {near[0]}?" if near else "search for it with / in make menuconfig."
+        raise UserError(f"{a.where}: unknown symbol {a.name}.", hint)
+
+    def values(self) -> dict:
+        """Every symbol's value now, typed; a symbol whose dependency is unmet is None (False for a bool)."""
+        return {name: _typed(self.kinds[name], symbol.str_value) for name, symbol in self.symbols.items()}
+
+    def minimal(self) -> dict[str, str]:
+        """The assignments that differ from the defaults; loading them alone gives this configuration again."""
+        with tempfile.NamedTemporaryFile("w+", suffix=".config") as file:
+            self.kconf.write_min_config(file.name, header="")
+            return {a.name: a.value for a in read_layer(Path(file.name))}
+
+    def text(self) -> str:
+        """The full configuration in .config form."""
+        with tempfile.NamedTemporaryFile("w+", suffix=".config") as file:
+            self.kconf.write_config(file.name, header="# Written by kablate; edit it with make menuconfig.\n",
+                                    save_old=False)
+            return Path(file.name).read_text()
+
+
+def _kind(symbol) -> str:
+    if symbol.orig_type == kconfiglib.BOOL:
+        return "bool"
+    if symbol.orig_type == kconfiglib.INT:
+        return "int"
+    if symbol.ranges:
+        defaults = [d.name for d, _ in symbol.defaults]
+        return "ratio" if any("/" in d for d in defaults) else "float"
+    return "str"
+
+
+def _in_menu(symbol, prompt: str) -> bool:
+    node = symbol.nodes[0]
+    while node := node.parent:
+        if node.item == kconfiglib.MENU and node.prompt and node.prompt[0] == prompt:
+            return True
+    return False
+
+
+def _visibility_condition(symbol):
+    """The expression that hides a symbol: its dependency, or else the condition of its prompt."""
+    if not kconfiglib.expr_value(symbol.direct_dep):
+        return symbol.direct_dep
+    return symbol.nodes[0].prompt[1]
+
+
+def _well_typed(kind: str, value: str) -> bool:
+    if kind == "bool":
+        return value in ("y", "n")
+    if kind == "int":
+        return bool(INTEGER.fullmatch(value))
+    if kind == "float":
+        return bool(NUMBER.fullmatch(value)) and abs(float(value)) < 1e300
+    if kind == "ratio":
+        if not RATIO.fullmatch(value):
+            return False
+        ratio = Fraction(value)
+        return ratio > 0 and (ratio < 1 or ratio.denominator == 1)
+    return "\n" not in value and "\r" not in value
+
+
+def _typed(kind: str, text: str):
+    if kind == "bool":
+        return text == "y"
+    if text == "" and kind != "str":
+        return None
+    return {"int": int, "float": float, "ratio": Fraction, "str": str}[kind](text)

@@ -1,0 +1,281 @@
+"""The training loop: one cell from its start (or checkpoint) to the end of its budget.
+
+Contract: the budget counts seconds of training steps only; compile, evaluation and saving have clocks of their own. Data
+and dropout come from streams keyed by (seed, purpose, iteration), so the position in every stream is the iteration
+number, and a resumed run continues bit for bit. The loop knows no mechanism: a module that has `stats()` is logged,
+`gate_parameters` get their optimizer group, and that is all.
+"""
+
+import copy
+import math
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from lib import checkpoint, runtime
+from lib.data import EvalSet, train_batch, unigram_entropy
+from lib.schedule import Budget, learning_rate, tokens_per_iteration
+from lib.streams import stream_seed
+
+COMPILE_WARMUP_STEPS = 3
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; the checkpoint is on disk."""
+
+
+class Diverged(Exception):
+    """The loss is no longer finite."""
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; all of it is in the checkpoint. Clocks are in seconds."""
+
+    iteration: int = 0
+    resumed: int = 0
+    rows: int = 0
+    best_val_loss: float | None = None
+    train_loss: float | None = None
+    val_loss: float | None = None
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    eval_hash: str | None = None
+    unigram_entropy: float | None = None
+    clocks: dict = field(default_factory=lambda: dict.fromkeys(("train", "compile", "eval", "checkpoint"), 0.0))
+
+
+class Clock:
+    """Measures one kind of work at a time into `progress.clocks`, waiting for the device at every switch."""
+
+    def __init__(self, progress: Progress, device):
+        self.clocks, self.device, self.kind, self.since = progress.clocks, device, None, 0.0
+
+    def switch(self, kind: str | None) -> None:
+        runtime.synchronize(self.device)
+        now = time.perf_counter()
+        if self.kind:
+            self.clocks[self.kind] += now - self.since
+        self.kind, self.since = kind, now
+
+    def read(self, kind: str) -> float:
+        """Seconds of `kind` so far. Between switches the host's clock may run ahead of the device by a few steps."""
+        return self.clocks[kind] + (time.perf_counter() - self.since if self.kind == kind else 0.0)
+
+
+class StopRequest:
+    """SIGINT and SIGTERM ask the loop to stop after the current step."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_):
+        self.asked = True
+
+
+def train(cfg, model, optimizer, corpus, folder: Path, open_log, device, progress: Progress, stop) -> None:
+    """Train `model` in place and account for it in `progress`, which is kept in `folder`/checkpoint.pt and resumed from it.
+
+    `open_log(keep)` gives a MetricsLog with its first `keep` rows; `stop.asked` ends the run after the current step.
+    Raises Interrupted (after saving) and Diverged.
+    """
+    budget, per_iteration = Budget.from_config(cfg), tokens_per_iteration(cfg)
+    eval_set = EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, cfg.BATCH_SIZE, cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
+    clock = Clock(progress, device)
+    if cfg.GPT2_COMPILE or device.type == "cuda":
+        clock.switch("compile")
+        warm_up(cfg, model, optimizer, eval_set, device)
+        clock.switch(None)
+    if (folder / "checkpoint.pt").exists():
+        resume(folder, model, optimizer, progress, device)
+    progress.eval_hash, progress.unigram_entropy = eval_set.hash, unigram_entropy(corpus.train, eval_set)
+    log = open_log(progress.rows)
+    stats = [module for module in model.modules() if hasattr(module, "stats")]
+
+    def save_checkpoint():
+        clock.switch("checkpoint")
+        progress.rows = log.count
+        progress.loss_sum, progress.loss_count = loss_sum.item(), loss_count
+        checkpoint.save(folder / "checkpoint.pt", progress=vars(progress), model=model.state_dict(),
+                        optimizer=optimizer.state_dict())
+
+    def evaluate_and_log():
+        nonlocal loss_sum, loss_count
+        clock.switch("eval")
+        progress.val_loss = evaluate(cfg, model, eval_set, device)
+        if loss_count:
+            progress.train_loss = loss_sum.item() / loss_count
+        loss_sum, loss_count = torch.zeros((), dtype=torch.float64, device=device), 0
+        best = progress.best_val_loss
+        if math.isfinite(progress.val_loss):
+            progress.best_val_loss = progress.val_loss if best is None else min(best, progress.val_loss)
+        log.row(iteration=progress.iteration, tokens=progress.iteration * per_iteration, train_seconds=clock.read("train"),
+                progress=budget.progress(progress.iteration, clock.read("train")),
+                train_loss=progress.train_loss, train_perplexity=perplexity(progress.train_loss),
+                val_loss=progress.val_loss, val_perplexity=perplexity(progress.val_loss),
+                best_val_loss=progress.best_val_loss, **gate_statistics(stats))
+
+    loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=device)
+    loss_count = progress.loss_count
+    row_iteration, row_seconds = progress.iteration, clock.read("train")
+    last_saved = time.monotonic()
+    model.train()
+    clock.switch("train")
+
+    while (share := budget.progress(progress.iteration, clock.read("train"))) < 1:
+        if stop.asked:
+            save_checkpoint()
+            log.close()
+            raise Interrupted
+        rate = learning_rate(cfg, progress.iteration, share)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["lr_mult"]
+        torch.manual_seed(stream_seed(cfg.SEED, "dropout", progress.iteration))
+        logging = (progress.iteration + 1) % cfg.GPT2_LOG_INTERVAL == 0
+        step_loss = torch.zeros((), dtype=torch.float64, device=device)
+        for micro in range(cfg.GPT2_GRADIENT_ACCUMULATION):
+            batch = train_batch(corpus.train, cfg.SEED, progress.iteration, micro, cfg.BATCH_SIZE, cfg.GPT2_BLOCK_SIZE)
+            x, y = to_device(batch, device)
+            timer = ForwardTimer(device) if logging else None
+            with runtime.autocast(cfg, device):
+                _, loss = model(x, y)
+            if timer:
+                timer.stop()
+            (loss / cfg.GPT2_GRADIENT_ACCUMULATION).backward()
+            step_loss += loss.detach().double() / cfg.GPT2_GRADIENT_ACCUMULATION
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.GRAD_CLIP or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss_sum += step_loss
+        loss_count += 1
+        progress.iteration += 1
+
+        if logging:
+            clock.switch("train")  # waits for the device, so that the row's seconds are real
+            seconds = clock.read("train") - row_seconds
+            iterations = progress.iteration - row_iteration
+            row_iteration, row_seconds = progress.iteration, clock.read("train")
+            log.row(iteration=progress.iteration, tokens=progress.iteration * per_iteration, train_seconds=row_seconds,
+                    progress=budget.progress(progress.iteration, row_seconds), train_loss_step=step_loss.item(),
+                    learning_rate=rate, grad_norm=norm.item(), forward_time_ms=timer.milliseconds(),
+                    tokens_per_second=iterations * per_iteration / seconds, steps_per_second=iterations / seconds,
+                    peak_memory_bytes=runtime.peak_memory_bytes(device), **gate_statistics(stats))
+            if not math.isfinite(step_loss.item()):
+                log.close()
+                raise Diverged(f"the training loss is {step_loss.item()} at iteration {progress.iteration}")
+        if progress.iteration % cfg.GPT2_EVAL_INTERVAL == 0 and budget.progress(progress.iteration, clock.read("train")) < 1:
+            evaluate_and_log()
+            model.train()
+            clock.switch("train")
+        if cfg.CHECKPOINT_INTERVAL and time.monotonic() - last_saved > cfg.CHECKPOINT_INTERVAL:
+            save_checkpoint()
+            last_saved = time.monotonic()
+            clock.switch("train")
+
+    evaluate_and_log()
+    clock.switch(None)
+    log.close()
+    if not math.isfinite(progress.val_loss):
+        raise Diverged(f"the validation loss is {progress.val_loss} after iteration {progress.iteration}")
+
+
+def resume(folder: Path, model, optimizer, progress: Progress, device) -> None:
+    """Continue from the checkpoint. Clocks add up: what this process spent before (compiling) stays counted."""
+    content = checkpoint.load(folder / "checkpoint.pt", device)
+    for name, value in content["progress"].items():
+        if name != "clocks":
+            setattr(progress, name, value)
+    for kind, seconds in content["progress"]["clocks"].items():
+        progress.clocks[kind] += seconds
+    progress.resumed += 1
+    model.load_state_dict(content["model"])
+    optimizer.load_state_dict(content["optimizer"])
+
+
+def warm_up(cfg, model, optimizer, eval_set, device) -> None:
+    """Compile, allocate and choose kernels in a few steps whose effect is undone, before the budget starts."""
+    before, optimizer_before = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    if cfg.GPT2_COMPILE:
+        model.compile(dynamic=False)
+    batch = next(iter(eval_set))
+    model.train()
+    for _ in range(COMPILE_WARMUP_STEPS):
+        x, y = to_device(batch, device)
+        with runtime.autocast(cfg, device):
+            _, loss = model(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.GRAD_CLIP or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    evaluate(cfg, model, [batch], device)
+    model.load_state_dict(before)
+    optimizer.load_state_dict(optimizer_before)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+@torch.no_grad()
+def evaluate(cfg, model, eval_set, device) -> float:
+    """Mean cross-entropy in nats over the whole evaluation set."""
+    model.eval()
+    total, batches = torch.zeros((), dtype=torch.float64, device=device), 0
+    for batch in eval_set:
+        x, y = to_device(batch, device)
+        with runtime.autocast(cfg, device):
+            total += model(x, y)[1].double()
+        batches += 1
+    return (total / batches).item()
+
+
+def to_device(batch, device):
+    """A pair of numpy arrays on the device; through pinned memory, so that the copy does not block."""
+    tensors = (torch.from_numpy(part) for part in batch)
+    if device.type == "cuda":
+        return tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)
+    return tuple(tensors)
+
+
+def perplexity(loss: float | None) -> float | None:
+    """exp(loss); null where the loss is missing or too large for a float."""
+    return None if loss is None or not loss < 700 else math.exp(loss)
+
+
+@torch.no_grad()
+def gate_statistics(modules) -> dict[str, float]:
+    """Mean, min, max and standard deviation of each statistic over all layers (and heads), in one transfer."""
+    values: dict[str, list] = {}
+    for module in modules:
+        for name, value in module.stats().items():
+            values.setdefault(name, []).append(value.detach().float().flatten())
+    found = {}
+    for name, parts in values.items():
+        joined = torch.cat(parts)
+        found |= {f"{name}_mean": joined.mean(), f"{name}_min": joined.min(), f"{name}_max": joined.max(),
+                  f"{name}_std": joined.std(unbiased=False)}
+    return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
+
+
+class ForwardTimer:
+    """Times one forward pass; on a GPU with events, which are read after the row's synchronisation."""
+
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
+        self.begin = self._now()
+
+    def _now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self) -> None:
+        self.end = self._now()
+
+    def milliseconds(self) -> float:
+        return self.begin.elapsed_time(self.end) if self.cuda else (self.end - self.begin) * 1000

@@ -1,0 +1,47 @@
+"""metrics.json: the one record of a finished cell, and the marker that it is finished.
+
+Every record has all KEYS; what was not measured is null. `state` is done, diverged or failed, with a `reason` for the
+latter two. The file is strict JSON and the last file a cell writes.
+"""
+
+import json
+from pathlib import Path
+
+from lib import atomic
+from lib.tracking import finite
+
+FORMAT = 1
+NAME = "metrics.json"
+KEYS = (
+    "format", "state", "reason", "study", "step", "optimizer", "seed", "identity",
+    "val_loss", "val_perplexity", "best_val_loss", "train_loss",
+    "iterations", "tokens", "train_seconds", "tokens_per_second", "budget_progress",
+    "compile_seconds", "eval_seconds", "checkpoint_seconds", "setup_seconds", "resumed",
+    "parameters", "sizes", "kv_cache_bytes", "peak_memory_bytes",
+    "data", "environment", "configuration", "started", "finished",
+)
+
+
+def write(folder: Path, provenance: dict, state: str, reason: str | None = None, **measured) -> dict:
+    """Write the record of a cell; `provenance` (from provenance.json) says which cell it is."""
+    unknown = measured.keys() - set(KEYS)
+    if unknown:
+        raise ValueError(f"metrics.json has no key {sorted(unknown)}")
+    record = dict.fromkeys(KEYS) | {"format": FORMAT, "state": state, "reason": reason}
+    record |= {key: provenance[key] for key in ("study", "step", "optimizer", "seed", "identity")}
+    record |= {key: finite(value) for key, value in measured.items()}
+    atomic.write_json(Path(folder) / NAME, record)
+    return record
+
+
+def read(folder: Path) -> dict | None:
+    """The record in `folder`, or None if there is none. An unreadable file is a record with state 'unreadable'."""
+    try:
+        record = json.loads((Path(folder) / NAME).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        return dict.fromkeys(KEYS) | {"state": "unreadable", "reason": str(error)}
+    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("identity"), dict):
+        return dict.fromkeys(KEYS) | {"state": "unreadable", "reason": f"it is not of format {FORMAT}"}
+    return dict.fromkeys(KEYS) | record

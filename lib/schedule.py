@@ -1,0 +1,43 @@
+"""The budget of a cell and the learning rate as a function of its progress.
+
+A budget is seconds of training, iterations, or tokens (rounded up to iterations). Progress runs from 0 to 1 whatever the
+kind, and the schedule depends on progress, so that every arm finishes its schedule, also one that is slower per step.
+"""
+
+import math
+from dataclasses import dataclass
+
+WARMUP_SHARE = 0.1  # a warm-up of N steps ends after N steps or this share of the budget, whichever is first
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`seconds` or `iterations` of training; exactly one is not None."""
+
+    seconds: float | None
+    iterations: int | None
+
+    @classmethod
+    def from_config(cls, cfg) -> "Budget":
+        if cfg.GPT2_MAX_TIME:
+            return cls(float(cfg.GPT2_MAX_TIME), None)
+        return cls(None, cfg.GPT2_MAX_ITERS or -(-cfg.GPT2_MAX_TOKENS // tokens_per_iteration(cfg)))
+
+    def progress(self, iterations: int, seconds: float) -> float:
+        """Share of the budget used, in [0, 1], after so many iterations and seconds of training."""
+        used = iterations / self.iterations if self.seconds is None else seconds / self.seconds
+        return min(used, 1.0)
+
+
+def tokens_per_iteration(cfg) -> int:
+    """Tokens of one optimizer step."""
+    return cfg.BATCH_SIZE * cfg.GPT2_GRADIENT_ACCUMULATION * cfg.GPT2_BLOCK_SIZE
+
+
+def learning_rate(cfg, iteration: int, progress: float) -> float:
+    """Rate of step `iteration` (from 0): linear warm-up times a cosine of progress from LEARNING_RATE to GPT2_MIN_LR."""
+    warmup = 1.0
+    if cfg.GPT2_WARMUP_STEPS:
+        warmup = min(1.0, max((iteration + 1) / cfg.GPT2_WARMUP_STEPS, progress / WARMUP_SHARE))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return warmup * (cfg.GPT2_MIN_LR + (cfg.LEARNING_RATE - cfg.GPT2_MIN_LR) * cosine)

@@ -1,0 +1,76 @@
+"""The one event stream of a cell: rows of metrics, to metrics.jsonl and to a tracker.
+
+metrics.jsonl is the truth: one strict-JSON object a line, in order of iteration, flushed row by row. On resume the rows
+after the checkpoint are dropped, because they are computed again. A tracker is a listener; if it fails it is switched off
+with one warning, and the run goes on.
+"""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+from lib import atomic
+
+
+def finite(value):
+    """The value for strict JSON: NaN and infinities become null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricsLog:
+    """Appends rows to `folder`/metrics.jsonl, keeping the first `keep` rows of what is there."""
+
+    def __init__(self, folder: Path, keep: int = 0, tracker=None):
+        path = Path(folder) / "metrics.jsonl"
+        kept = path.read_text().splitlines()[:keep] if keep else []
+        atomic.write_text(path, "".join(line + "\n" for line in kept))
+        self.file, self.count, self.tracker = open(path, "a"), len(kept), tracker
+
+    def row(self, **values) -> None:
+        self.file.write(json.dumps({k: finite(v) for k, v in values.items()}, allow_nan=False) + "\n")
+        self.file.flush()
+        self.count += 1
+        print("  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()), flush=True)
+        self._to_tracker("log", values)
+
+    def close(self) -> None:
+        self.file.close()
+        self._to_tracker("close")
+
+    def _to_tracker(self, call: str, *values) -> None:
+        if self.tracker is not None:
+            try:
+                getattr(self.tracker, call)(*values)
+            except Exception as error:  # whatever a tracker does must not stop a run
+                self.tracker = None
+                print(f"warning: the tracker failed and is switched off: {error}", file=sys.stderr)
+
+
+class Wandb:
+    """Weights & Biases; WANDB_MODE decides between online, offline and disabled (offline by default)."""
+
+    def __init__(self, cfg, folder: Path, study: str, step: str, name: str):
+        import wandb
+
+        self.run = wandb.init(project=cfg.TRACKER_PROJECT, group=study, job_type=step, name=name, dir=str(folder),
+                              tags=[f"seed {cfg.SEED}"], config=cfg.as_json(), id=f"{study}-{name}".replace("+", "-"),
+                              resume="allow", mode=os.environ.get("WANDB_MODE", "offline"))
+
+    def log(self, values: dict) -> None:
+        self.run.log({k: v for k, v in values.items() if k != "iteration"}, step=values["iteration"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def open_tracker(cfg, folder: Path, study: str, step: str, name: str):
+    """The configured tracker, or None; a tracker that cannot start is a warning."""
+    if cfg.TRACKER == "none":
+        return None
+    try:
+        return {"wandb": Wandb}[cfg.TRACKER](cfg, folder, study, step, name)
+    except Exception as error:
+        print(f"warning: the tracker cannot start and is switched off: {error}", file=sys.stderr)
+        return None

@@ -1,0 +1,114 @@
+"""The configuration goals of the Makefile: defconfig, savedefconfig, and kconfiglib's own tools on .config.
+
+$KCONFIG_CONFIG names another file than .config; NAME another study for savedefconfig to write.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from lib import atomic
+from lib.config import Study, defconfig_names
+from lib.errors import UserError, reported
+from lib.kconfig import ROOT, SET, UNSET, Schema, shown
+
+
+def config_path() -> Path:
+    return Path(os.environ.get("KCONFIG_CONFIG") or ROOT / ".config")
+
+
+def defconfig(name: str) -> None:
+    """Write .config from a study and fragments; the old one is kept as .config.old."""
+    study = Study(name)
+    path = config_path()
+    if path.exists():
+        atomic.write_bytes(path.with_name(path.name + ".old"), path.read_bytes())
+    atomic.write_text(path, study.text())
+    steps = study.config.ABLATION_STEPS
+    print(f"{shown(path)} is now {name}: steps {steps}")
+
+
+def savedefconfig(name: str) -> None:
+    """Write .config in minimal form to defconfigs/NAME, keeping the comments and the order of what is there."""
+    if not config_path().exists():
+        raise UserError(f"there is no {shown(config_path())}.", "make defconfig-NAME (see make list-defconfigs).")
+    study = Study()
+    name = name or study.name
+    if "+" in name:
+        raise UserError(f"{name} is a study merged with fragments, which has no file of its own.",
+                        "make savedefconfig NAME=study-name.")
+    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
+        raise UserError(f"'{name}' is no name for a study.", "use letters, digits, dots, dashes and underscores.")
+    wanted = {a.name: a.value for a in study.base if a.name != "STUDY"}
+    path = defconfig_names().get(name, ROOT / "defconfigs" / name)
+    lines = path.read_text().splitlines() if path.exists() else [f"# {name}"]
+    kept, kinds = [], study.schema.kinds
+    for line in lines:
+        match = SET.fullmatch(line.strip()) or UNSET.fullmatch(line.strip())
+        if not match:
+            kept.append(line)
+        elif match.group(1) in wanted:
+            symbol = match.group(1)
+            kept.append(assignment(symbol, wanted.pop(symbol), kinds[symbol]))
+    kept += [assignment(symbol, value, kinds[symbol]) for symbol, value in wanted.items()]
+    atomic.write_text(path, "\n".join(kept) + "\n")
+    print(f"{shown(path)} holds the study now")
+
+
+def assignment(symbol: str, value: str, kind: str) -> str:
+    """One line in .config form."""
+    if kind == "bool":
+        return f"CONFIG_{symbol}=y" if value == "y" else f"# CONFIG_{symbol} is not set"
+    if kind == "int":
+        return f"CONFIG_{symbol}={value}"
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'CONFIG_{symbol}="{escaped}"'
+
+
+def tool(name: str) -> None:
+    """One of kconfiglib's tools, on a parse that keeps quiet about ranges on strings (that is how floats are declared)."""
+    kconf = Schema().kconf
+    os.environ["KCONFIG_CONFIG"] = str(config_path())
+    if name in ("menuconfig", "nconfig"):
+        import menuconfig
+
+        menuconfig.menuconfig(kconf)
+    elif name == "oldconfig":
+        import oldconfig
+
+        kconf.load_config()
+        oldconfig.oldconfig(kconf)
+        kconf.write_config()
+    elif name == "olddefconfig":
+        print(kconf.load_config())
+        print(kconf.write_config())
+    else:
+        kconf.load_config()
+        for symbol in kconf.unique_defined_syms:
+            if symbol.visibility and symbol.user_value is None and (not symbol.choice or symbol.choice.user_selection is None):
+                print(f"{symbol.name}={symbol.str_value}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.kconfig", description=__doc__)
+    parser.add_argument("goal", choices=["defconfig", "savedefconfig", "menuconfig", "nconfig", "oldconfig", "olddefconfig",
+                                         "listnewconfig"])
+    parser.add_argument("study", nargs="?", help="for defconfig: the study, also with fragments: study+tiny")
+    args = parser.parse_args()
+    if args.goal == "defconfig":
+        if not args.study:
+            parser.error("defconfig needs the name of a study")
+        defconfig(args.study)
+    elif args.goal == "savedefconfig":
+        savedefconfig(os.environ.get("NAME", ""))
+    else:
+        try:
+            tool(args.goal)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
+if __name__ == "__main__":
+    with reported():
+        main()

@@ -1,0 +1,53 @@
+"""Show which cells of the configured study exist, which would run, and why; with --write, prepare make to run them.
+
+make's variables arrive in the environment: KABLATE_OUT, KABLATE_SEEDS, KABLATE_TIME (OUT=, SEEDS=, TIME= on make's
+command line), RETRY, and the budgets GPT2_MAX_TIME, GPT2_MAX_ITERS, GPT2_MAX_TOKENS.
+"""
+
+import argparse
+import os
+import sys
+
+from lib.config import DEFAULT_STUDY
+from lib.errors import reported
+from lib.kconfig import shown
+from lib.plan import Options, Plan
+from lib.tables import table
+
+
+def options_from_environment(steps=()) -> Options:
+    """What make's command line added, as make hands it on."""
+    get = os.environ.get
+    return Options(get("KABLATE_OUT", ""), get("KABLATE_SEEDS", ""), get("KABLATE_TIME", ""),
+                   get("RETRY", "") not in ("", "0", "n"), tuple(steps))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.plan", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="*", help="only these steps, and those they start from")
+    parser.add_argument("--write", action="store_true", help="write OUT/cells.mk and print its path")
+    parser.add_argument("--reasons", action="store_true", help="with --write: say for each cell why it runs or not")
+    args = parser.parse_args()
+    plan = Plan(options_from_environment(args.steps))
+    if plan.study.is_fallback:
+        print(f"no .config: using the study {DEFAULT_STUDY} (make list-defconfigs shows the others)", file=sys.stderr)
+    rows = [[cell.name, status.state, "run" if runs else "keep", status.why] for cell, status, runs in plan.rows()]
+    if not args.write:
+        print(table(["cell", "state", "make will", "because"], rows), end="")
+        print(f"{len(rows)} cells in {shown(plan.out)}, {sum(r[2] == 'run' for r in rows)} to run")
+        return
+    path = plan.write()
+    if args.reasons:
+        print(table(["cell", "state", "now", "because"], rows), end="", file=sys.stderr)
+    running = [r for r in rows if r[2] == "run"]
+    if running:
+        print(f"{plan.study.name}: {len(running)} of {len(rows)} cells to run in {shown(plan.out)}", file=sys.stderr)
+    else:
+        print(f"{plan.study.name}: nothing to run, {len(rows)} cells are in {shown(plan.out)}", file=sys.stderr)
+    print(path)
+
+
+if __name__ == "__main__":
+    with reported():
+        main()
