@@ -34,6 +34,7 @@ export KABLATE_TIME := $(call on_command_line,TIME)
 export RETRY NAME STUDY ALL FULL A B
 
 STEP_GOALS := $(basename $(notdir $(wildcard gpt2/steps/*.config)))
+STEPS := $(filter $(STEP_GOALS),$(MAKECMDGOALS))
 
 ##@ Run a study
 .PHONY: run
@@ -43,7 +44,6 @@ run: $(SETUP) ## plan the configured study, run the cells that are missing, repo
 	$(PYTHON) -m scripts.report
 
 .PHONY: $(STEP_GOALS)
-$(STEP_GOALS): STEPS = $@
 $(STEP_GOALS): run
 
 .PHONY: plan

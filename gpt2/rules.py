@@ -31,3 +31,6 @@ def check(cfg) -> None:
     if cfg.GPT2_MIN_LR > cfg.LEARNING_RATE:
         raise UserError(f"GPT2_MIN_LR={cfg.GPT2_MIN_LR} is above LEARNING_RATE={cfg.LEARNING_RATE}.",
                         "set GPT2_MIN_LR to the rate the schedule ends at, usually a tenth of the peak.")
+    if cfg.SPAM_INTERVAL and cfg.SPAM_WARMUP_STEPS >= cfg.SPAM_INTERVAL:
+        raise UserError(f"SPAM_WARMUP_STEPS={cfg.SPAM_WARMUP_STEPS} is not below SPAM_INTERVAL={cfg.SPAM_INTERVAL}, so the "
+                        "learning rate would never leave its re-warm-up.", "set it below SPAM_INTERVAL (the paper: 150 of 500).")

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # run as a script, Python puts gpt2/ there, and modules would be found under two names
 
-from lib.config import Study, environment_overrides, parse_step  # noqa: E402
+from lib.config import Resolved, Study, environment_overrides, parse_step  # noqa: E402
 from lib.errors import UserError, reported  # noqa: E402
 from lib.kconfig import Assignment  # noqa: E402
 
@@ -49,18 +49,18 @@ def main() -> int:
         from scripts.check import check_steps
 
         return check_steps(study, [args.ra_mla_ablation_step])
+    resolved = study.resolve(args.ra_mla_ablation_step)
     if not args.out:
         raise UserError("no folder to train in was given.", "add --out FOLDER, or --dry-run to only check the step.")
-    return run_by_hand(study, args.ra_mla_ablation_step, args.out)
+    return run_by_hand(resolved, args.ra_mla_ablation_step, args.out)
 
 
-def run_by_hand(study: Study, step: str, folder: Path) -> int:
+def run_by_hand(resolved: Resolved, step: str, folder: Path) -> int:
     """One cell outside any study's folder, prepared the way make prepares it."""
     from lib.cells import Cell
     from lib.config import identity_changes
     from lib.launch import prepare
 
-    resolved = study.resolve(step)
     cell = Cell(step, resolved.config.OPTIMIZER, resolved.config.SEED, folder.name, resolved)
     if (folder / "provenance.json").exists():
         found = json.loads((folder / "provenance.json").read_text())

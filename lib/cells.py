@@ -7,6 +7,7 @@ checkpoint, of another identity).
 
 import copy
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from lib.config import Resolved, Study, identity_changes, sealed
 from lib.errors import UserError
 
 MAX_COUNTED_SEEDS = 100
+SEED_LIMIT = 2 ** 31  # SEED in Kconfig ends below it
+LONGEST_NAME = 240  # file systems end at 255, and the archive adds a number
 FOLDER = re.compile(r"[A-Za-z0-9_.+-]+")
 
 
@@ -49,11 +52,13 @@ class Status:
 def parse_seeds(text: str, base: int) -> list[int]:
     """'1337 1338' is a list; one number up to 100 is a count from `base`. Duplicates are refused."""
     words = text.replace(",", " ").split()
-    if not words or not all(w.isdecimal() and w.isascii() and int(w) < 2 ** 31 for w in words):
+    if not words or not all(w.isdecimal() and w.isascii() and len(w) <= 10 and int(w) < SEED_LIMIT for w in words):
         raise UserError(f"SEEDS='{text}' is neither a count nor a list of seeds.",
                         "give a count like SEEDS=3 or a list like SEEDS='1337 1338 1339'.")
     seeds = [int(w) for w in words]
     if len(seeds) == 1 and 0 < seeds[0] <= MAX_COUNTED_SEEDS:
+        if base + seeds[0] > SEED_LIMIT:
+            raise UserError(f"SEEDS='{text}' counted from {base} goes beyond {SEED_LIMIT - 1}.", "choose a smaller SEED.")
         return [base + i for i in range(seeds[0])]
     if len(set(seeds)) != len(seeds):
         raise UserError(f"SEEDS='{text}' names a seed twice.", "name every seed once.")
@@ -86,22 +91,35 @@ def expand(study: Study, seeds: str | None = None) -> list[Cell]:
                 raise UserError(f"step {step} starts from the model of {parent}, which is not in the study.",
                                 f"add {parent} to ABLATION_STEPS.")
         for step in steps:
-            columns.append((step, _with_parents(step, resolved), resolved[step].config.INIT_FROM_STEP))
+            columns.append((step, _with_parents(step, resolved), resolved.get(resolved[step].config.INIT_FROM_STEP)))
     cells = []
     for seed in numbers:
         for step, one, parent in columns:
-            def name(of, optimizer=one.config.OPTIMIZER, pruning=one.config.PRUNING, seed=seed):
-                return folder_name(of, optimizer, pruning, seed, base)
-            cells.append(Cell(step, one.config.OPTIMIZER, seed, name(step), one, name(parent) if parent else None))
-    names = [cell.name for cell in cells]
-    if len(set(names)) != len(names):
-        twice = next(n for n in names if names.count(n) > 1)
-        raise UserError(f"two cells would share the folder {twice}.", "give their steps different overrides.")
+            def name(of, config, seed=seed):
+                return folder_name(of, config.OPTIMIZER, config.PRUNING, seed, base)
+            cells.append(Cell(step, one.config.OPTIMIZER, seed, name(step, one.config), one,
+                              name(one.config.INIT_FROM_STEP, parent.config) if parent else None))
+    _refuse_names([cell.name for cell in cells])
     return cells
 
 
+def _refuse_names(names: list[str]) -> None:
+    """Folder names must differ and fit the file system."""
+    if len(set(names)) != len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise UserError(f"two cells would share the folder {twice}.", "give their steps different overrides.")
+    longest = max(names, key=len)
+    if len(longest) > LONGEST_NAME:
+        raise UserError(f"the folder name {longest[:40]}... has {len(longest)} characters, more than {LONGEST_NAME}.",
+                        "put the overrides of that step into a step file of their own.")
+
+
 def _with_parents(step: str, resolved: dict[str, Resolved], seen: tuple = ()) -> Resolved:
-    """The step's configuration with its parent's identity in its own: a child of another parent is another cell."""
+    """The step's configuration with its parent's identity in its own: a child of another parent is another cell.
+
+    Both maps are taken over, so that a changed default counts and a new symbol at its default does not. The seed is the
+    cell's own in both.
+    """
     one = resolved[step]
     parent = one.config.INIT_FROM_STEP
     if not parent:
@@ -109,7 +127,9 @@ def _with_parents(step: str, resolved: dict[str, Resolved], seen: tuple = ()) ->
     if step in seen:
         raise UserError(f"steps {' -> '.join((*seen, step))} start from each other.", "break the circle in INIT_FROM_STEP.")
     identity = copy.deepcopy(one.identity)
-    identity["set"]["PARENT"] = _with_parents(parent, resolved, (*seen, step)).identity["hash"]
+    inherited = _with_parents(parent, resolved, (*seen, step)).identity
+    for part in ("set", "default"):
+        identity[part] |= {f"PARENT.{name}": value for name, value in inherited[part].items() if name != "SEED"}
     return Resolved(one.config, one.text, sealed(identity), one.provenance)
 
 
@@ -126,7 +146,7 @@ def baseline(study: Study) -> str:
 def inspect(out: Path, cell: Cell) -> Status:
     """What the disk says of this cell. Reads only."""
     folder = out / cell.name
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # also False for a path that is too long, which Path.is_dir raises for
         return Status("planned", "never ran")
     record = results.read(folder)
     if record is None:

@@ -20,10 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib.errors import UserError
-from lib.kconfig import BUDGET, ROOT, Assignment, Schema, read_layer, shown
+from lib.kconfig import BUDGET, ROOT, Assignment, Schema, canonical, read_layer, shown
+from lib.steps import step_path
 
 DEFAULT_STUDY = "gpt2-ra-ablation+tiny"
 STEP_SPEC = re.compile(r"([A-Za-z][A-Za-z0-9_]*)(?:@(.+))?")
+# What describes the study as a whole; in a step it would be silently without effect.
+OF_THE_STUDY = ("SEED", "SEEDS", "STUDY", "ABLATION_STEPS", "BASELINE", "OPTIMIZERS", "OUTPUT_DIR", "MARGIN")
 
 
 class Config:
@@ -122,16 +125,19 @@ class Study:
         self.is_fallback = not defconfig and not path.exists()
         if config and self.is_fallback:
             raise UserError(f"there is no configuration {shown(path)}.", "make defconfig-NAME (see make list-defconfigs).")
+        derived = []
         if defconfig or self.is_fallback:
             layers = defconfig_layers(defconfig or DEFAULT_STUDY)
             layers.append([Assignment("STUDY", defconfig or DEFAULT_STUDY, "the name of the study")])
         else:
-            # Symbols without a prompt follow from others; a .config lists them, but they cannot be set.
-            layers = [[a for a in read_layer(path)
-                       if a.name in self.schema.prompted or a.name not in self.schema.symbols]]
+            # A .config also lists symbols without a prompt; they are not set, they must agree with what they follow from.
+            listed = read_layer(path)
+            derived = [a for a in listed if a.name in self.schema.symbols and a.name not in self.schema.prompted]
+            layers = [[a for a in listed if a not in derived]]
         self.schema.reset()
         for layer in layers:
             self.schema.apply(layer)
+        self.schema.verify_derived(derived)
         self.config = Config(self.schema.values())  # the study's own values, before any step
         self.name = self.config.STUDY
         self.base = self._base_layer(layers)
@@ -160,6 +166,10 @@ class Study:
         if step:
             name, inline = parse_step(step)
             layers += [read_layer(step_path(name, self.config.STEPS_DIR)), inline]
+            for a in (*layers[0], *inline):
+                if a.name in OF_THE_STUDY:
+                    raise UserError(f"{a.where}: {a.name} belongs to the study, a step cannot set it.",
+                                    "set it in make menuconfig (SEEDS for seeds).")
         if optimizer:
             layers.insert(1, [Assignment(f"OPTIMIZER_{optimizer.upper()}", "y", "OPTIMIZERS")])
         layers.append(self.overrides if overrides is None else overrides)
@@ -171,7 +181,8 @@ class Study:
         self._check(config)
         minimal = self.schema.minimal()
         where = {a.name: a.where for layer in [self.base, *layers] for a in layer}
-        everything = {n: self.schema.symbols[n].str_value for n in sorted(self.schema.identity)}
+        everything = {n: canonical(self.schema.kinds[n], self.schema.symbols[n].str_value)
+                      for n in sorted(self.schema.identity)}
         identity = {"set": {n: v for n, v in everything.items() if n in minimal},
                     "default": {n: v for n, v in everything.items() if n not in minimal and v != ""}}
         provenance = {n: [v, where.get(n, "a default of Kconfig")] for n, v in sorted(minimal.items())}
@@ -217,30 +228,6 @@ def defconfig_layers(name: str) -> list[list[Assignment]]:
             raise UserError(f"there is no {kind} '{wanted}'.",
                             f"did you mean {near[0]}?" if near else "make list-defconfigs.")
     return [read_layer(studies[study]), *(read_layer(pieces[f]) for f in fragments)]
-
-
-def step_files(folder: str = "gpt2/steps") -> dict[str, Path]:
-    """Step fragments by name, in natural order (V2 before V10)."""
-    files = (ROOT / folder).glob("*.config")
-    return {p.stem: p for p in sorted(files, key=lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", p.stem)])}
-
-
-def step_header(path: Path, key: str) -> str | None:
-    """What a fragment says of itself in a leading comment: `# Help: ...`, `# Equals: V0`."""
-    for line in path.read_text().splitlines():
-        if not line.startswith("#"):
-            return None
-        if line.startswith(f"# {key}:"):
-            return line.split(":", 1)[1].strip()
-    return None
-
-
-def step_path(name: str, folder: str = "gpt2/steps") -> Path:
-    known = step_files(folder)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        raise UserError(f"there is no step '{name}'.", f"did you mean {near[0]}?" if near else "make list-steps.")
-    return known[name]
 
 
 def parse_step(spec: str) -> tuple[str, list[Assignment]]:

@@ -24,7 +24,8 @@ def reported():
     try:
         yield
     except UserError as error:
-        print(f"error: {error.what}\n  try: {error.run}", file=sys.stderr)
+        what, run = (" ".join(text.splitlines()) for text in (error.what, error.run))  # what was given may hold newlines
+        print(f"error: {what}\n  try: {run}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except BrokenPipeError:  # the reader of a pipe went away: `make plan | head`
         sys.stderr.close()

@@ -26,8 +26,9 @@ BUDGET = ("GPT2_MAX_TIME", "GPT2_MAX_ITERS", "GPT2_MAX_TOKENS")
 SET = re.compile(r"CONFIG_([A-Za-z0-9_]+)=(.*)")
 UNSET = re.compile(r"# CONFIG_([A-Za-z0-9_]+) is not set")
 INTEGER = re.compile(r"0|-?[1-9][0-9]*")
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 RATIO = re.compile(r"[0-9]+(/[1-9][0-9]*)?|[0-9]*\.[0-9]+")
+LONGEST_NUMBER = 40  # characters; exact arithmetic on a longer one, or on 1e-99999999, would take forever
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Schema:
         kind, value = self.kinds[a.name], a.value
         if not _well_typed(kind, value):
             wanted = {"bool": "y or n", "int": "a whole number", "float": "a number",
-                      "ratio": "a ratio like 1/48 or a whole number >= 1", "str": "one line of text"}[kind]
+                      "ratio": "a ratio like 1/48 or a whole number >= 1", "str": "one line of printable text"}[kind]
             raise UserError(f"{a.where}: {a.name}={value} is not {wanted}.", f"give {a.name} {wanted}.")
         if kind in ("int", "float", "ratio"):
             for low, high, condition in self.symbols[a.name].ranges:
@@ -144,6 +145,14 @@ class Schema:
         raise UserError(f"{a.where}: {a.name}={a.value} did not take, it stands at {symbol.str_value or 'nothing'}.",
                         "look the symbol up in make menuconfig.")
 
+    def verify_derived(self, layer: list[Assignment]) -> None:
+        """Refuse a promptless symbol of a .config whose value is not the one it follows to."""
+        for a in layer:
+            stands = self.symbols[a.name].str_value
+            if stands != a.value:
+                raise UserError(f"{a.where}: {a.name}={a.value} cannot be set, it follows from other symbols and stands at "
+                                f"{stands}.", "make olddefconfig, which writes it anew.")
+
     def _unknown(self, a: Assignment) -> None:
         near = difflib.get_close_matches(a.name.upper(), self.prompted, n=1)
         hint = f"did you mean {near[0]}?" if near else "search for it with / in make menuconfig."
@@ -164,7 +173,7 @@ class Schema:
         with tempfile.NamedTemporaryFile("w+", suffix=".config") as file:
             self.kconf.write_config(file.name, header="# Written by kablate; edit it with make menuconfig.\n",
                                     save_old=False)
-            return Path(file.name).read_text()
+            return Path(file.name).read_text(encoding="utf-8")
 
 
 def _kind(symbol) -> str:
@@ -196,6 +205,8 @@ def _visibility_condition(symbol):
 def _well_typed(kind: str, value: str) -> bool:
     if kind == "bool":
         return value in ("y", "n")
+    if kind != "str" and len(value) > LONGEST_NUMBER:
+        return False
     if kind == "int":
         return bool(INTEGER.fullmatch(value))
     if kind == "float":
@@ -204,8 +215,8 @@ def _well_typed(kind: str, value: str) -> bool:
         if not RATIO.fullmatch(value):
             return False
         ratio = Fraction(value)
-        return ratio > 0 and (ratio < 1 or ratio.denominator == 1)
-    return "\n" not in value and "\r" not in value
+        return 0 < ratio < 1 or (ratio >= 1 and value.isdigit())  # not 1.0 or 48/48: they would read as a share
+    return value.isprintable()
 
 
 def _typed(kind: str, text: str):
@@ -214,3 +225,10 @@ def _typed(kind: str, text: str):
     if text == "" and kind != "str":
         return None
     return {"int": int, "float": float, "ratio": Fraction, "str": str}[kind](text)
+
+
+def canonical(kind: str, text: str) -> str:
+    """One spelling for equal values, so that 6e-4 and 0.0006 are the same learning rate in an identity."""
+    if text == "" or kind not in ("float", "ratio"):
+        return text
+    return repr(float(text) + 0.0) if kind == "float" else str(Fraction(text))  # + 0.0 turns -0.0 into 0.0

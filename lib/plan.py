@@ -9,10 +9,11 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from lib import atomic
-from lib.cells import Cell, Status, expand, inspect
+from lib.cells import Cell, Status, baseline, expand, inspect
 from lib.config import Study, environment_overrides, identity_changes
 from lib.errors import UserError
 from lib.kconfig import BUDGET, ROOT, Assignment, shown
@@ -43,6 +44,7 @@ class Plan:
         self.options = options
         self.study = Study(study, overrides=overrides)
         self.cells = expand(self.study, options.seeds)
+        baseline(self.study)  # a wrong BASELINE must not be found by the report, after the training
         self.out = self._folder()
         self.status = {cell.name: inspect(self.out, cell) for cell in self.cells}
         if options.out:
@@ -54,21 +56,24 @@ class Plan:
             path = Path(options.out)
         else:
             path = Path(study.config.OUTPUT_DIR or f"test_matrix_results/{study.name}")
-            path = path.with_name(path.name + self._override_suffix())
-        if not SAFE_PATH.fullmatch(str(path)):
+            path = Path(str(path) + self._override_suffix())
+        path = ROOT / path
+        if not SAFE_PATH.fullmatch(str(path)):  # the whole path stands in the makefile, so the project's own counts too
             raise UserError(f"the results folder '{path}' holds a character that make cannot take.",
                             "use letters, digits and _.+-/ only, without spaces.")
-        return path if path.is_absolute() else ROOT / path
+        return path
 
     def _override_suffix(self) -> str:
         """Overrides that change what the study says get a folder of their own."""
         if not self.study.overrides:
             return ""
-        step = self.cells[0].step
-        plain, overridden = self.study.resolve(step, overrides=[]), self.study.resolve(step)
-        if not identity_changes(plain.identity, overridden.identity):
-            return ""
-        return "".join(f"+{a.name}-{a.value}" for a in self.study.overrides)
+        resolve = self.study.resolve
+        try:
+            changed = any(identity_changes(resolve(step, overrides=[]).identity, resolve(step).identity)
+                          for step in self.study.config.ABLATION_STEPS.split())
+        except UserError:  # a study without a budget of its own
+            changed = True
+        return "".join(f"+{a.name}-{a.value}" for a in self.study.overrides) if changed else ""
 
     def _refuse_conflicts(self) -> None:
         """A folder given by hand is not archived because of an override, or because one was taken away."""
@@ -87,11 +92,12 @@ class Plan:
 
     def runs(self, cell: Cell) -> bool:
         """Whether make would run this cell."""
-        if self.options.steps and cell.name not in self._wanted():
+        if self.options.steps and cell.name not in self._wanted:
             return False
         state = self.status[cell.name].state
         return state in RUNS or (state == "failed" and self.options.retry)
 
+    @cached_property
     def _wanted(self) -> set[str]:
         """Cells of the steps that were asked for, and the cells they start from."""
         steps = self.study.config.ABLATION_STEPS.split()

@@ -24,6 +24,12 @@ def finished(cells) -> dict[int, dict]:
     return {cell.seed: status.record for cell, status in cells if status.state == "done"}
 
 
+def reference_cells(by_step: dict, first: str, optimizer: str):
+    """The baseline's cells under the same optimizer, or under its only one when the optimizer is no dimension."""
+    baselines = [cells for name, cells in by_step.items() if name.split()[0] == first]
+    return next((cells for cells in baselines if cells[0][0].optimizer == optimizer), baselines[0])
+
+
 def render(plan) -> str:
     """The report of a plan's study as Markdown."""
     by_step = collect(plan.rows())
@@ -32,8 +38,7 @@ def render(plan) -> str:
     lines = []
     for step, cells in by_step.items():
         records = finished(cells)
-        reference = finished(next(c for name, c in by_step.items()
-                                  if name.split()[0] == first and c[0][0].optimizer in (cells[0][0].optimizer, c[0][0].optimizer)))
+        reference = finished(reference_cells(by_step, first, cells[0][0].optimizer))
         lines.append(step_row(step, cells, records, reference, margin, step.split()[0] == first))
     header = ["step", "seeds", "final val loss", "perplexity", f"to {first}", "tokens", "tokens/s", "parameters",
               "peak memory", "state"]
@@ -47,8 +52,10 @@ def step_row(step: str, cells, records: dict, reference: dict, margin: float, is
     state = states[0] if len(set(states)) == 1 else ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
     if not records:
         return [step, f"0/{len(cells)}", *["-"] * 7, state]
-    mean = {key: fmean(r[key] for r in records.values())
-            for key in ("val_loss", "val_perplexity", "tokens", "tokens_per_second", "peak_memory_bytes")}
+    mean = {}
+    for key in ("val_loss", "val_perplexity", "tokens", "tokens_per_second", "peak_memory_bytes"):
+        known = [r[key] for r in records.values() if r[key] is not None]  # a perplexity may be too large for a float
+        mean[key] = fmean(known) if len(known) == len(records) else None
     loss = f"{mean['val_loss']:.4f}"
     if len(records) > 1:
         loss += f" ± {stdev(r['val_loss'] for r in records.values()):.4f}"
@@ -58,8 +65,13 @@ def step_row(step: str, cells, records: dict, reference: dict, margin: float, is
         value = fmean(records[s]["val_loss"] - reference[s]["val_loss"] for s in shared)
         difference = f"({value:+.4f})" if abs(value) < margin else f"{value:+.4f}"
     parameters = next(iter(records.values()))["parameters"]
-    return [step, f"{len(records)}/{len(cells)}", loss, f"{mean['val_perplexity']:.2f}", difference, count(mean["tokens"]),
-            count(mean["tokens_per_second"]), f"{parameters:,}", f"{mean['peak_memory_bytes'] / 2 ** 20:.0f} MiB", state]
+    return [step, f"{len(records)}/{len(cells)}", loss, _shown(mean["val_perplexity"], "{:.2f}".format), difference,
+            _shown(mean["tokens"], count), _shown(mean["tokens_per_second"], count), _shown(parameters, "{:,}".format),
+            _shown(mean["peak_memory_bytes"], lambda value: f"{value / 2 ** 20:.0f} MiB"), state]
+
+
+def _shown(value, form) -> str:
+    return "-" if value is None else form(value)
 
 
 def notes(plan, by_step, first: str, margin: float) -> list[str]:

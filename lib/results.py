@@ -5,6 +5,7 @@ latter two. The file is strict JSON and the last file a cell writes.
 """
 
 import json
+import math
 from pathlib import Path
 
 from lib import atomic
@@ -12,6 +13,7 @@ from lib.tracking import finite
 
 FORMAT = 1
 NAME = "metrics.json"
+STATES = ("done", "diverged", "failed")
 KEYS = (
     "format", "state", "reason", "study", "step", "optimizer", "seed", "identity",
     "val_loss", "val_perplexity", "best_val_loss", "train_loss",
@@ -24,6 +26,8 @@ KEYS = (
 
 def write(folder: Path, provenance: dict, state: str, reason: str | None = None, **measured) -> dict:
     """Write the record of a cell; `provenance` (from provenance.json) says which cell it is."""
+    if state not in STATES:
+        raise ValueError(f"metrics.json has no state {state}")
     unknown = measured.keys() - set(KEYS)
     if unknown:
         raise ValueError(f"metrics.json has no key {sorted(unknown)}")
@@ -37,11 +41,28 @@ def write(folder: Path, provenance: dict, state: str, reason: str | None = None,
 def read(folder: Path) -> dict | None:
     """The record in `folder`, or None if there is none. An unreadable file is a record with state 'unreadable'."""
     try:
-        record = json.loads((Path(folder) / NAME).read_text())
+        record = json.loads((Path(folder) / NAME).read_bytes(), parse_constant=_finite, parse_float=_finite)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return dict.fromkeys(KEYS) | {"state": "unreadable", "reason": str(error)}
-    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("identity"), dict):
+    if not _well_formed(record):
         return dict.fromkeys(KEYS) | {"state": "unreadable", "reason": f"it is not of format {FORMAT}"}
     return dict.fromkeys(KEYS) | record
+
+
+def _finite(text: str) -> float:
+    """A number of strict JSON; Python would also take NaN, Infinity and 1e999."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no number of JSON")
+    return value
+
+
+def _well_formed(record) -> bool:
+    """Whether a reader may rely on the record: its state, its identity, and a loss where it is done."""
+    if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("state") not in STATES:
+        return False
+    identity = record.get("identity")
+    if not isinstance(identity, dict) or not all(isinstance(identity.get(part), dict) for part in ("set", "default")):
+        return False
+    return record["state"] != "done" or isinstance(record.get("val_loss"), int | float)

@@ -15,7 +15,11 @@ from lib import atomic
 
 
 def finite(value):
-    """The value for strict JSON: NaN and infinities become null."""
+    """The value for strict JSON: NaN and infinities become null, also inside lists and objects."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -9,8 +9,9 @@ import sys
 import time
 
 from lib.cells import baseline
-from lib.config import DEFAULT_STUDY, Study, parse_step, step_files, step_header, step_path
+from lib.config import DEFAULT_STUDY, Study, parse_step
 from lib.errors import reported
+from lib.steps import step_files, step_header, step_path
 from lib.tables import count, table
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from lib import atomic
 from lib.config import Study, defconfig_names
 from lib.errors import UserError, reported
-from lib.kconfig import ROOT, SET, UNSET, Schema, shown
+from lib.kconfig import ROOT, SET, UNSET, Schema, read_layer, shown
 
 
 def config_path() -> Path:
@@ -22,9 +22,13 @@ def defconfig(name: str) -> None:
     """Write .config from a study and fragments; the old one is kept as .config.old."""
     study = Study(name)
     path = config_path()
-    if path.exists():
-        atomic.write_bytes(path.with_name(path.name + ".old"), path.read_bytes())
-    atomic.write_text(path, study.text())
+    try:
+        if path.exists():
+            atomic.write_bytes(path.with_name(path.name + ".old"), path.read_bytes())
+        atomic.write_text(path, study.text())
+    except OSError as error:
+        raise UserError(f"{shown(path)} cannot be written: {error.strerror}.",
+                        "check the folder, or name another file in $KCONFIG_CONFIG.") from None
     steps = study.config.ABLATION_STEPS
     print(f"{shown(path)} is now {name}: steps {steps}")
 
@@ -68,26 +72,52 @@ def assignment(symbol: str, value: str, kind: str) -> str:
 
 def tool(name: str) -> None:
     """One of kconfiglib's tools, on a parse that keeps quiet about ranges on strings (that is how floats are declared)."""
-    kconf = Schema().kconf
+    schema = Schema()
+    kconf = schema.kconf
     os.environ["KCONFIG_CONFIG"] = str(config_path())
     if name in ("menuconfig", "nconfig"):
         import menuconfig
 
         menuconfig.menuconfig(kconf)
     elif name == "oldconfig":
-        import oldconfig
-
         kconf.load_config()
-        oldconfig.oldconfig(kconf)
-        kconf.write_config()
+        name_dropped(schema)
+        ask_for_new(kconf)
+        print(kconf.write_config())
     elif name == "olddefconfig":
         print(kconf.load_config())
+        name_dropped(schema)
         print(kconf.write_config())
     else:
         kconf.load_config()
         for symbol in kconf.unique_defined_syms:
             if symbol.visibility and symbol.user_value is None and (not symbol.choice or symbol.choice.user_selection is None):
                 print(f"{symbol.name}={symbol.str_value}")
+
+
+def name_dropped(schema: Schema) -> None:
+    """Say which lines of .config do not hold any more: kconfiglib drops them without a word."""
+    for a in read_layer(config_path()) if config_path().exists() else ():
+        if a.name not in schema.symbols:
+            print(f"{a.where}: {a.name} is no symbol any more and is dropped", file=sys.stderr)
+        elif schema.symbols[a.name].str_value != a.value:
+            stands = schema.symbols[a.name].str_value or "nothing"
+            print(f"{a.where}: {a.name}={a.value} does not hold, it is now {stands}", file=sys.stderr)
+
+
+def ask_for_new(kconf) -> None:
+    """Ask for every new symbol, again as long as an answer makes others visible."""
+    import oldconfig
+
+    oldconfig.conf_changed = True
+    try:
+        while oldconfig.conf_changed:
+            oldconfig.conf_changed = False
+            for node in kconf.node_iter():
+                oldconfig.oldconfig(node)
+    except EOFError:
+        raise UserError("the input ended before every new symbol had a value.",
+                        "make olddefconfig, which asks nothing.") from None
 
 
 def main() -> None:

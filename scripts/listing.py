@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 
 from lib.errors import reported
-
-ROOT = Path(__file__).resolve().parent.parent
+from lib.steps import ROOT, step_files, step_header
 
 
 def goals() -> None:
@@ -40,8 +39,6 @@ def defconfigs() -> None:
 
 def steps() -> None:
     """Steps, each with its `# Help:` line."""
-    from lib.config import step_files, step_header
-
     for name, path in step_files().items():
         equals = step_header(path, "Equals")
         print(f"  {name:10} {step_header(path, 'Help') or ''}{f' (equals {equals})' if equals else ''}")

@@ -22,6 +22,19 @@ def options_from_environment(steps=()) -> Options:
                    get("RETRY", "") not in ("", "0", "n"), tuple(steps))
 
 
+def check_data(plan: Plan) -> None:
+    """Missing or damaged data is one error now, not one failed cell after the other."""
+    from lib.data import open_corpus
+
+    wanted = {}
+    for cell, _, runs in plan.rows():
+        config = cell.resolved.config
+        if runs:
+            wanted[config.DATASET, config.GPT2_BLOCK_SIZE] = config
+    for config in wanted.values():
+        open_corpus(config)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.plan", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -37,6 +50,7 @@ def main() -> None:
         print(table(["cell", "state", "make will", "because"], rows), end="")
         print(f"{len(rows)} cells in {shown(plan.out)}, {sum(r[2] == 'run' for r in rows)} to run")
         return
+    check_data(plan)
     path = plan.write()
     if args.reasons:
         print(table(["cell", "state", "now", "because"], rows), end="", file=sys.stderr)

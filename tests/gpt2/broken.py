@@ -1,0 +1,85 @@
+"""Attention and MLP modules with one planted defect each, for the tests of the laws."""
+
+import torch
+from torch import nn
+
+from gpt2.attention.baseline import CausalSelfAttention
+from gpt2.mlp.baseline import MLP
+
+
+class Leaky(CausalSelfAttention):
+    """Mixes in the mean over all positions, later ones included."""
+
+    def combine(self, attended, values):
+        return attended + 1e-3 * values.mean(2, keepdim=True)
+
+
+class FirstKeyOnly(CausalSelfAttention):
+    """In decoding, a single query sees position 0 only, as is_causal=True with one row would have it."""
+
+    def forward(self, x, cache=None):
+        if cache is None or not cache.length or x.size(1) > 1:
+            return super().forward(x, cache)
+        true_keys = cache.keys.clone()
+        cache.keys[:, :, 1:cache.length] = 0
+        out = super().forward(x, cache)
+        cache.keys.copy_(true_keys)
+        return out
+
+
+class Dead(MLP):
+    """Has a parameter that nothing uses."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.unused = nn.Parameter(torch.ones(3))
+
+    @staticmethod
+    def extra_parameters(cfg):
+        return 3
+
+
+class Detached(MLP):
+    """Uses a parameter, but no gradient reaches it."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    @staticmethod
+    def extra_parameters(cfg):
+        return 1
+
+    def forward(self, x):
+        return super().forward(x) * (self.scale.detach() + 0.0 * self.scale)
+
+
+class Uncounted(MLP):
+    """Drops a bias without saying so."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.c_proj.bias = None
+
+
+class OwnStart(MLP):
+    """Draws a start of its own for a tensor that the baseline has too."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        del self.c_fc.init_std
+        with torch.no_grad():
+            self.c_fc.weight.fill_(0.01)
+
+
+class Forgetful(MLP):
+    """Keeps state that is not in its state_dict."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.seen = 0
+
+    def forward(self, x):
+        if self.training:
+            self.seen += 1
+        return super().forward(x) * (1 + 0.01 * self.seen)

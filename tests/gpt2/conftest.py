@@ -1,0 +1,19 @@
+"""Configurations of the V-steps, small enough for a test."""
+
+import pytest
+import torch
+
+from lib.config import load
+
+torch.set_num_threads(1)  # tests run side by side
+
+V_STEPS = ("V0", "V1", "V2", "V3", "V4", "V5", "V6")
+SMALL = {"GPT2_BLOCK_SIZE": 32, "BATCH_SIZE": 2, "GPT2_EVAL_SAMPLES": 2}
+
+
+@pytest.fixture(scope="session")
+def configuration():
+    """configuration(step, **symbols): a tiny configuration of one step."""
+    def build(step, **symbols):
+        return load("gpt2-ra-ablation+tiny", step, SMALL | symbols)
+    return build

@@ -1,0 +1,158 @@
+"""The model: names, start, forward pass, generation, and what the steps share."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt2.model import GPT, expected_parameters
+from lib.config import load
+from tests.gpt2.conftest import V_STEPS
+
+
+@pytest.fixture(scope="module")
+def models(configuration):
+    return {step: GPT(configuration(step, GPT2_DROPOUT="0.0")).eval() for step in V_STEPS}
+
+
+def tokens(B, T, seed=0):
+    return torch.randint(256, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def test_names_are_nanogpts(models):
+    names = {n for n, _ in models["V0"].named_parameters() if ".h." not in n or ".h.0." in n}
+    block = {f"transformer.h.0.{n}" for n in (
+        "ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias",
+        "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias")}
+    assert names == block | {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.weight",
+                             "transformer.ln_f.bias"}
+
+
+@pytest.mark.parametrize("step", V_STEPS)
+def test_steps_share_every_tensor_of_the_same_name_and_shape(models, step):
+    """Equal starting points, whatever a step adds; and the same seed gives the same model twice."""
+    base = dict(models["V0"].named_parameters())
+    shared = 0
+    for name, p in models[step].named_parameters():
+        if name in base and base[name].shape == p.shape:
+            assert torch.equal(p, base[name]), name
+            shared += 1
+    assert shared == len(base)
+
+
+def test_the_start_depends_on_seed_and_name_only(configuration):
+    cfg = configuration("V0")
+    one, again, other = GPT(cfg), GPT(cfg), GPT(cfg.replace(SEED=1338))
+    deeper = GPT(cfg.replace(GPT2_N_LAYER=3))
+    state = one.state_dict()
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in state.items())
+    assert not torch.equal(state["transformer.wte.weight"], other.state_dict()["transformer.wte.weight"])
+    name = "transformer.h.1.attn.c_attn.weight"
+    assert torch.equal(state[name], deeper.state_dict()[name])
+
+
+def test_start_is_gpt2s(configuration):
+    model = GPT(configuration("V0"))
+    for name, p in model.named_parameters():
+        if name.endswith("c_proj.weight"):
+            assert p.std().item() == pytest.approx(0.02 / math.sqrt(2 * 2), rel=0.05), name
+        elif p.ndim == 2:
+            assert p.std().item() == pytest.approx(0.02, rel=0.05), name
+        else:
+            assert torch.equal(p, torch.ones_like(p) if "ln" in name and name.endswith("weight") else torch.zeros_like(p))
+
+
+def test_forward_against_a_plain_reference(models):
+    """V0 written out once more, with explicit softmax and mask."""
+    model, x = models["V0"], tokens(2, 20)
+    p, t = dict(model.named_parameters()), model.transformer
+    h = t.wte(x) + p["transformer.wpe.weight"][:20]
+    for n in range(2):
+        def get(name, n=n):
+            return p[f"transformer.h.{n}.{name}"]
+        a = F.layer_norm(h, (128,), get("ln_1.weight"), get("ln_1.bias"))
+        q, k, v = F.linear(a, get("attn.c_attn.weight"), get("attn.c_attn.bias")).view(2, 20, 3, 2, 64).permute(2, 0, 3, 1, 4)
+        score = (q @ k.mT / 8).masked_fill(torch.ones(20, 20).triu(1).bool(), float("-inf"))
+        y = (score.softmax(-1) @ v).transpose(1, 2).reshape(2, 20, 128)
+        h = h + F.linear(y, get("attn.c_proj.weight"), get("attn.c_proj.bias"))
+        m = F.layer_norm(h, (128,), get("ln_2.weight"), get("ln_2.bias"))
+        m = F.gelu(F.linear(m, get("mlp.c_fc.weight"), get("mlp.c_fc.bias")), approximate="tanh")
+        h = h + F.linear(m, get("mlp.c_proj.weight"), get("mlp.c_proj.bias"))
+    logits = F.layer_norm(h, (128,), p["transformer.ln_f.weight"], p["transformer.ln_f.bias"]) @ p["transformer.wte.weight"].T
+    found, loss = model(x, x)
+    torch.testing.assert_close(found, logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(loss, F.cross_entropy(logits.view(40, -1), x.view(-1)))
+
+
+def test_the_head_is_tied_and_counted_once(models):
+    model = models["V0"]
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert "lm_head.weight" not in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("step, parameters", [("V0", 124_475_904), ("V1", 124_476_192), ("V2", 124_476_336),
+                                              ("V3", 124_476_216), ("V4", 124_525_368), ("V5", 124_485_444),
+                                              ("V6", 124_534_596)])
+def test_parameters_at_full_size(step, parameters):
+    """GPT-2's 124.4 M with the vocabulary padded to 50304, plus gates, mixer and per-token gate."""
+    cfg = load("gpt2-ra-ablation", step)
+    with torch.device("meta"):
+        model = GPT(cfg)
+    assert sum(p.numel() for p in model.parameters()) == expected_parameters(cfg) == parameters
+    assert model.sizes().items() >= ({"R": 4, "R_ff": 64} if step >= "V3" else {"d_ff": 3072}).items()
+
+
+@pytest.mark.parametrize("step", V_STEPS)
+def test_generation_with_a_cache_equals_generation_without(models, step):
+    model, prompt = models[step], tokens(3, 5)
+    expected = prompt
+    for _ in range(20):
+        expected = torch.cat([expected, model(expected)[0][:, -1:, :256].argmax(-1)], 1)
+    assert torch.equal(model.generate(prompt, 20, temperature=0), expected)
+
+
+def test_generation_goes_on_beyond_the_context(models):
+    model, prompt = models["V0"], tokens(1, 30)
+    out = model.generate(prompt, 8, temperature=0)
+    assert out.shape == (1, 38)
+    window = out[:, -33:-1]
+    assert torch.equal(model(window)[0][:, -1, :256].argmax(-1), out[:, -1])
+
+
+def test_sampling_is_reproducible_and_never_leaves_the_vocabulary(configuration):
+    model = GPT(configuration("V0").replace(VOCAB_SIZE=250)).eval()
+    with torch.no_grad():
+        model.transformer.wte.weight[250:] = 10.0  # the padding would win every draw
+    draws = [model.generate(tokens(1, 4), 40, top_k=k, generator=torch.Generator().manual_seed(s))
+             for k, s in ((None, 1), (None, 1), (None, 2), (1, 1))]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert max(d[:, 4:].max() for d in draws) < 250
+    assert torch.equal(draws[3], model.generate(tokens(1, 4), 40, temperature=0))
+
+
+def test_generation_leaves_the_mode_alone(models):
+    model = models["V1"]
+    model.train()
+    model.generate(tokens(1, 4), 2)
+    assert model.training
+    model.eval()
+
+
+def test_too_many_tokens_are_refused(models):
+    with pytest.raises(ValueError, match="33 tokens do not fit into a context of 32"):
+        models["V0"](tokens(1, 33))
+
+
+@pytest.mark.parametrize("step", V_STEPS)
+def test_function_class(models, step):
+    """V1, V3 and V4 collapse to GPT-2, exactly to rounding; self-restart and per-token gates do not."""
+    model, x = models[step], tokens(2, 20)
+    collapsed = model.collapse()
+    if step in ("V2", "V5", "V6"):
+        assert collapsed is None
+    else:
+        assert {n for n, _ in collapsed.named_parameters()} == {n for n, _ in models["V0"].named_parameters()}
+        torch.testing.assert_close(collapsed(x)[0], model(x)[0], rtol=0, atol=1e-5)
+
+

@@ -1,0 +1,51 @@
+"""train_ra_mla.py by hand."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FAST = [f"--set={s}" for s in ("GPT2_MAX_ITERS=2", "GPT2_BLOCK_SIZE=32", "BATCH_SIZE=2", "GPT2_EVAL_SAMPLES=2")]
+
+
+def by_hand(*arguments, cwd=ROOT):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("GPT2_", "KABLATE_"))}
+    return subprocess.run([sys.executable, str(ROOT / "gpt2/train_ra_mla.py"), "--defconfig", "gpt2-ra-ablation+tiny",
+                           *arguments], cwd=cwd, capture_output=True, text=True, env=environment)
+
+
+def test_a_cell_by_hand_from_any_folder(tmp_path):
+    done = by_hand("--ra-mla-ablation-step", "V1@RA_R=8", "--seed", "7", "--out", "cell", *FAST, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "cell/metrics.json").read_text())
+    assert (record["state"], record["step"], record["seed"], record["sizes"]["R"]) == ("done", "V1@RA_R=8", 7, 8)
+    assert record["parameters"] > 0 and record["kv_cache_bytes"] == 2 * 2 * 32 * 128 * 4
+    assert record["data"]["unigram_entropy"] > 2 and record["environment"]["precision"] == "float32"
+    again = by_hand("--ra-mla-ablation-step", "V1@RA_R=8", "--seed", "7", "--out", "cell", *FAST, cwd=tmp_path)
+    assert again.returncode == 2 and "already holds this result" in again.stderr
+    other = by_hand("--ra-mla-ablation-step", "V1@RA_R=4", "--seed", "7", "--out", "cell", *FAST, cwd=tmp_path)
+    assert other.returncode == 2 and "already holds another cell: RA_R 8 -> 4" in other.stderr
+
+
+def test_dry_run():
+    done = by_hand("--ra-mla-ablation-step", "V1", "--dry-run")
+    assert done.returncode == 0 and "2 of 2 steps obey the laws" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "error: no step was given."),
+    (["--ra-mla-ablation-step", "V99"], "error: there is no step 'V99'."),
+    (["--ra-mla-ablation-step", "V1"], "error: no folder to train in was given."),
+    (["--ra-mla-ablation-step", "V1", "--set", "RA_R=64", "--out", "x"], "error: RA_R=64 is not below the head width 64."),
+    (["--ra-mla-ablation-step", "V1", "--set", "RA_R", "--out", "x"], "is no override."),
+    (["--ra-mla-ablation-step", "V1", "--out", "/proc/nowhere"], "error: /proc/nowhere cannot be written"),
+    (["--cell", "/nowhere"], "provenance.json cannot be read"),
+])
+def test_errors_are_one_sentence(arguments, message):
+    done = by_hand(*arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 2

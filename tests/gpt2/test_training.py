@@ -1,0 +1,208 @@
+"""The loop on real models: resume, streams, budgets, divergence. In process, a few steps each."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from gpt2.model import GPT
+from lib import checkpoint, loop, optimizers, runtime, tracking
+from lib.data import open_corpus
+from tests.gpt2.conftest import V_STEPS
+
+
+class StopAfter:
+    """Asks the loop to stop once it has been looked at `steps` times."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    @property
+    def asked(self):
+        self.steps -= 1
+        return self.steps < 0
+
+
+class Never:
+    asked = False
+
+
+def run(cfg, folder, stop=Never, model=None):
+    """Train in `folder`; returns (model, progress)."""
+    folder.mkdir(exist_ok=True)
+    device = runtime.setup(cfg)
+    model = model or GPT(cfg)
+    progress = loop.Progress()
+    loop.train(cfg, model, optimizers.build(model, cfg), open_corpus(cfg), folder,
+               lambda keep: tracking.MetricsLog(folder, keep), device, progress, stop)
+    return model, progress
+
+
+def rows(folder, *keys):
+    return [tuple(r.get(k) for k in keys) for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def numbers(row):
+    """A row less what depends on the clock."""
+    return {k: v for k, v in json.loads(row).items() if "second" not in k and "time" not in k and "memory" not in k}
+
+
+@pytest.mark.parametrize("step", V_STEPS)
+def test_resume_is_bit_exact(configuration, tmp_path, step):
+    """9 steps straight equal 4 + stop + 2 + stop + 3, in weights, in every logged number, and across a momentum reset."""
+    cfg = configuration(step, GPT2_MAX_ITERS=9, GPT2_EVAL_INTERVAL=3, GPT2_LOG_INTERVAL=2, SPAM_INTERVAL=5,
+                        SPAM_WARMUP_STEPS=3, GPT2_GRADIENT_ACCUMULATION=2)
+    straight, whole = run(cfg, tmp_path / "a")
+    for steps in (4, 2):
+        with pytest.raises(loop.Interrupted):
+            run(cfg, tmp_path / "b", StopAfter(steps))
+    resumed, parts = run(cfg, tmp_path / "b")
+    assert same(straight, resumed)
+    logs = [[numbers(r) for r in (tmp_path / d / "metrics.jsonl").read_text().splitlines()] for d in "ab"]
+    assert logs[0] == logs[1] and len(logs[0]) == 4 + 3
+    assert (parts.resumed, parts.val_loss, parts.train_loss) == (2, whole.val_loss, whole.train_loss)
+
+
+def test_a_checkpoint_older_than_the_log_drops_the_rows_after_it(configuration, tmp_path):
+    cfg = configuration("V1", GPT2_MAX_ITERS=6, GPT2_LOG_INTERVAL=1, GPT2_EVAL_INTERVAL=100)
+    with pytest.raises(loop.Interrupted):
+        run(cfg, tmp_path, StopAfter(2))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 3, "killed": true}\n{"iteration": 4, "hal')
+    run(cfg, tmp_path)
+    assert [i for i, in rows(tmp_path, "iteration")] == [1, 2, 3, 4, 5, 6, 6]
+
+
+def test_training_seconds_carry_over(configuration, tmp_path):
+    cfg = configuration("V0", GPT2_MAX_TIME=1)
+    with pytest.raises(loop.Interrupted):
+        run(cfg, tmp_path, StopAfter(3))
+    before = checkpoint.load(tmp_path / "checkpoint.pt")["progress"]["clocks"]["train"]
+    _, progress = run(cfg, tmp_path)
+    assert before > 0 and progress.resumed == 1
+    seconds = [s for s, in rows(tmp_path, "train_seconds")]
+    assert seconds == sorted(seconds) and 1 <= progress.clocks["train"] < 2
+
+
+def test_every_step_sees_the_same_batches(configuration, tmp_path, monkeypatch):
+    seen = {}
+    for step in V_STEPS:
+        seen[step] = []
+
+        def spy(*args, step=step, real=loop.train_batch):
+            batch = real(*args)
+            seen[step].append((args[1:], batch[0].tobytes(), batch[1].tobytes()))
+            return batch
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "train_batch", spy)
+            run(configuration(step, GPT2_MAX_ITERS=2, GPT2_GRADIENT_ACCUMULATION=2), tmp_path / step)
+    assert all(s == seen["V0"] for s in seen.values()) and len(seen["V0"]) == 4
+    assert len({x for _, x, _ in seen["V0"]}) == 4
+
+
+def test_evaluation_and_logging_do_not_disturb_training(configuration, tmp_path):
+    """An earlier implementation drew evaluation batches from the training stream."""
+    base = {"GPT2_MAX_ITERS": 6, "GPT2_EVAL_INTERVAL": 100, "GPT2_LOG_INTERVAL": 100}
+    quiet, _ = run(configuration("V6", **base), tmp_path / "a")
+    busy, _ = run(configuration("V6", **base | {"GPT2_EVAL_INTERVAL": 1, "GPT2_LOG_INTERVAL": 1}), tmp_path / "b")
+    assert same(quiet, busy)
+
+
+def test_dropout_is_drawn_anew_each_step_and_from_the_seed(configuration, tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch, "manual_seed", lambda s, real=torch.manual_seed: (seeds.append(s), real(s))[1])
+    for name, seed in (("a", 1337), ("b", 1337), ("c", 1338)):
+        run(configuration("V0", GPT2_MAX_ITERS=3, SEED=seed), tmp_path / name)
+    a, b, c = seeds[:3], seeds[3:6], seeds[6:]
+    assert a == b and not set(a) & set(c) and len(set(a)) == 3
+
+
+def test_gradient_accumulation_is_the_mean_over_micro_batches(configuration, tmp_path):
+    """2 micro-batches of 2 are one batch of 4 with the same sequences, to rounding."""
+    cfg = configuration("V0", GPT2_MAX_ITERS=1, GPT2_GRADIENT_ACCUMULATION=2, GPT2_DROPOUT="0.0", OPTIMIZER_ADAMW=True)
+    corpus, model = open_corpus(cfg), GPT(cfg)
+    parts = [loop.train_batch(corpus.train, cfg.SEED, 0, m, 2, cfg.GPT2_BLOCK_SIZE) for m in (0, 1)]
+    x, y = (torch.cat([torch.from_numpy(p[i]) for p in parts]) for i in (0, 1))
+    expected = model.train()(x, y)[1]
+    run(cfg.replace(GPT2_LOG_INTERVAL=1), tmp_path)
+    assert rows(tmp_path, "train_loss_step")[0][0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_time_budget_finishes_its_schedule(configuration, tmp_path):
+    cfg = configuration("V0", GPT2_MAX_TIME=1, GPT2_LOG_INTERVAL=1, GPT2_WARMUP_STEPS=100000)
+    _, progress = run(cfg, tmp_path)
+    rates = [r for r, in rows(tmp_path, "learning_rate") if r]
+    assert max(rates) > 0.9 * cfg.LEARNING_RATE, "the warm-up ends within 10 % of the budget"
+    assert rates[-1] < 1.5 * cfg.GPT2_MIN_LR
+    assert 1 <= progress.clocks["train"] < 1.5
+
+
+def test_only_training_counts(configuration, tmp_path, monkeypatch):
+    """Slow evaluation and saving do not shorten the training of a time budget."""
+    import time
+
+    def slow(*args, real=loop.evaluate):
+        time.sleep(0.4)
+        return real(*args)
+
+    monkeypatch.setattr(loop, "evaluate", slow)
+    _, progress = run(configuration("V0", GPT2_MAX_TIME=1, GPT2_EVAL_INTERVAL=10), tmp_path)
+    assert progress.clocks["eval"] > 0.4 and 1 <= progress.clocks["train"] < 1.5
+
+
+def test_a_token_budget_is_rounded_up_to_iterations(configuration, tmp_path):
+    _, progress = run(configuration("V0", GPT2_MAX_TOKENS=65), tmp_path)
+    assert progress.iteration == 2  # of 64 tokens each
+
+
+def test_a_loss_that_is_not_finite_ends_as_diverged(configuration, tmp_path):
+    cfg = configuration("V0", GPT2_MAX_ITERS=50, GPT2_LOG_INTERVAL=5)
+    model = GPT(cfg)
+    with torch.no_grad():
+        model.transformer.ln_f.weight[3] = math.nan
+    with pytest.raises(loop.Diverged, match="the training loss is nan at iteration 5"):
+        run(cfg, tmp_path, model=model)
+    assert rows(tmp_path, "train_loss_step") == [(None,)]
+
+
+def test_metric_names(configuration, tmp_path):
+    run(configuration("V6", RA_SELF_RESTART=True, GPT2_MAX_ITERS=2, GPT2_LOG_INTERVAL=2), tmp_path)
+    log, final = (set(json.loads(r)) for r in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    gates = {f"{n}_{k}" for n in ("unified_ra_w_std", "unified_ra_w_rec", "unified_ra_rwr_alpha", "rmlp_w_std",
+                                  "rmlp_w_rec", "rmlp_gate_alpha") for k in ("mean", "std", "min", "max")}
+    clock = {"iteration", "tokens", "train_seconds", "progress"}
+    assert log == gates | clock | {"train_loss_step", "learning_rate", "forward_time_ms", "tokens_per_second",
+                                   "steps_per_second", "grad_norm", "peak_memory_bytes"}
+    assert final == gates | clock | {"train_loss", "val_loss", "train_perplexity", "val_perplexity", "best_val_loss"}
+
+
+def test_gates_move_in_training(configuration, tmp_path):
+    """An earlier implementation froze its gates at .9/.1 for whole runs."""
+    model, _ = run(configuration("V6", RA_SELF_RESTART=True, GPT2_MAX_ITERS=5), tmp_path)
+    start = dict(GPT(configuration("V6", RA_SELF_RESTART=True)).named_parameters())
+    for name, p in model.named_parameters():
+        assert not torch.equal(p, start[name]), name
+
+
+def test_compile_warm_up_leaves_no_trace(configuration, tmp_path, monkeypatch):
+    """Warm-up steps run before the budget and are undone: weights, optimizer state and counters."""
+    cfg = configuration("V3", GPT2_MAX_ITERS=3, SPAM_INTERVAL=2, SPAM_WARMUP_STEPS=1)
+    plain, _ = run(cfg, tmp_path / "a")
+    monkeypatch.setattr(GPT, "compile", lambda self, **_: None)  # the compiler itself is not what is tested
+    warmed, progress = run(cfg.replace(GPT2_COMPILE=True), tmp_path / "b")
+    assert same(plain, warmed) and progress.clocks["compile"] > 0
+
+
+def test_model_file_loads_without_pickle(configuration, tmp_path):
+    model, _ = run(configuration("V2", GPT2_MAX_ITERS=1), tmp_path)
+    checkpoint.save(tmp_path / "model.pt", model=model.state_dict(), configuration=configuration("V2").as_json())
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    fresh = GPT(configuration("V2"))
+    fresh.load_state_dict(content["model"])
+    assert same(model, fresh) and content["configuration"]["RA_R"] == 4

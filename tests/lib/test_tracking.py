@@ -1,0 +1,53 @@
+"""The event stream: strict rows, trackers that fail, and a real offline wandb run."""
+
+import json
+import math
+
+import pytest
+
+from lib.config import load
+from lib.tracking import MetricsLog, open_tracker
+
+
+def test_rows_are_strict_json(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.row(iteration=1, loss=math.nan, other=math.inf, fine=0.5)
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"iteration": 1, "loss": None, "other": None, "fine": 0.5}
+
+
+@pytest.mark.parametrize("call", ["log", "close"])
+def test_a_tracker_that_fails_is_switched_off_with_one_warning(tmp_path, capsys, call):
+    class Broken:
+        def log(self, values):
+            if call == "log":
+                raise OSError("no network")
+
+        def close(self):
+            raise OSError("no network")
+
+    log = MetricsLog(tmp_path, tracker=Broken())
+    for i in range(3):
+        log.row(iteration=i)
+    log.close()
+    assert capsys.readouterr().err == "warning: the tracker failed and is switched off: no network\n"
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_tracker_that_cannot_start_is_a_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    cfg = load("gpt2-ra-ablation+tiny", "V0", {"TRACKER_WANDB": True})
+    assert open_tracker(cfg, tmp_path, "study", "V0", "cell") is None
+    assert "warning: the tracker cannot start and is switched off" in capsys.readouterr().err
+
+
+def test_wandb_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    cfg = load("gpt2-ra-ablation+tiny", "V0", {"TRACKER_WANDB": True})
+    log = MetricsLog(tmp_path, tracker=open_tracker(cfg, tmp_path, "gpt2-ra-ablation+tiny", "V0", "test_V0"))
+    assert log.tracker is not None
+    log.row(iteration=1, val_loss=2.5)
+    log.close()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))

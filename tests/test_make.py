@@ -1,0 +1,276 @@
+"""The harness as a person uses it: make in a shell, real cells, signals, and what is left on disk."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+STUDY = """CONFIG_MODEL_TINY=y
+CONFIG_DATA_PYSTDLIB=y
+CONFIG_GPT2_BLOCK_SIZE=32
+CONFIG_BATCH_SIZE=2
+CONFIG_GPT2_GRADIENT_ACCUMULATION=1
+CONFIG_GPT2_EVAL_SAMPLES=2
+CONFIG_GPT2_LOG_INTERVAL=2
+CONFIG_DEVICE_CPU=y
+CONFIG_CPU_THREADS=1
+# CONFIG_GPT2_COMPILE is not set
+CONFIG_STUDY="micro"
+"""
+
+
+class Study:
+    """A study in a folder of its own, and make on it."""
+
+    def __init__(self, folder: Path, tree: Path = ROOT, **symbols):
+        self.folder, self.tree, self.out = folder, tree, folder / "out"
+        symbols = {"ABLATION_STEPS": '"V0 V1"', "GPT2_MAX_ITERS": 4, "OUTPUT_DIR": f'"{self.out}"'} | symbols
+        self.config = folder / ".config"
+        self.config.write_text(STUDY + "".join(f"CONFIG_{k}={v}\n" for k, v in symbols.items()))
+
+    def environment(self, **extra):
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("GPT2_", "KABLATE_", "MAKE", "MFLAGS"))}
+        return clean | {"KCONFIG_CONFIG": str(self.config), "PYTHONUNBUFFERED": "1"} | extra
+
+    def start(self, *arguments, **extra):
+        return subprocess.Popen(["make", f"PYTHON={sys.executable}", *arguments], cwd=self.tree, text=True,
+                                env=self.environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                start_new_session=True)
+
+    def make(self, *arguments, **extra):
+        process = self.start(*arguments, **extra)
+        output = process.communicate(timeout=240)[0]
+        return process.returncode, output
+
+    def metrics(self, step, out=None):
+        return json.loads(((out or self.out) / f"test_{step}_adamwspam_none/metrics.json").read_text())
+
+    def weights(self, step, out=None):
+        path = (out or self.out) / f"test_{step}_adamwspam_none/model.pt"
+        return torch.load(path, weights_only=True)["model"]
+
+    def cell_pids(self):
+        """Processes that train a cell of this study."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = entry.read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"--cell" in words and any(str(self.folder).encode() in w for w in words):
+                found.append(int(entry.parent.name))
+        return found
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def wait_for(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+    return value
+
+
+def snapshot(folder):
+    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A study of two cells, run once."""
+    study = Study(tmp_path_factory.mktemp("finished"))
+    study.code, study.output = study.make()
+    return study
+
+
+def test_make_runs_the_study_to_a_report(finished):
+    assert finished.code == 0, finished.output
+    for step in ("V0", "V1"):
+        folder = finished.out / f"test_{step}_adamwspam_none"
+        assert {p.name for p in folder.iterdir()} == {".config", ".lock", "provenance.json", "metrics.json", "metrics.jsonl",
+                                                      "model.pt", "training.log"}
+        assert finished.metrics(step)["state"] == "done" and finished.metrics(step)["iterations"] == 4
+        assert f"{step} seed 1337: val loss" in finished.output
+    report = (finished.out / "report.md").read_text()
+    assert report in finished.output and "| V1   |   1/1 |" in report
+
+
+def test_a_second_make_does_nothing(finished):
+    cells = [finished.out / f"test_{s}_adamwspam_none" for s in ("V0", "V1")]
+    before = [snapshot(c) for c in cells]
+    begun = time.monotonic()
+    code, output = finished.make()
+    assert code == 0 and "nothing to run, 2 cells are in" in output
+    assert [snapshot(c) for c in cells] == before
+    assert time.monotonic() - begun < 20  # under 3 s on a quiet machine; nothing that imports torch
+
+
+def test_side_by_side_gives_the_same_numbers(finished, tmp_path):
+    study = Study(tmp_path)
+    code, output = study.make("-j2")
+    assert code == 0, output
+    for step in ("V0", "V1"):
+        assert equal(study.weights(step), finished.weights(step))
+        assert study.metrics(step)["val_loss"] == finished.metrics(step)["val_loss"]
+
+
+def test_one_step_and_an_override_in_their_own_places(finished, tmp_path):
+    """make V1 runs V1 alone; a time budget from the environment gets its own folder, is legal at 2 s, and finishes."""
+    study = Study(tmp_path)
+    code, output = study.make("V1", GPT2_MAX_TIME="2")
+    assert code == 0, output
+    out = tmp_path / "out+GPT2_MAX_TIME-2"
+    assert not study.out.exists() and not (out / "test_V0_adamwspam_none").exists()
+    record = study.metrics("V1", out)
+    assert 2 <= record["train_seconds"] < 4 and record["budget_progress"] == 1
+    provenance = json.loads((out / "test_V1_adamwspam_none/provenance.json").read_text())
+    assert provenance["symbols"]["GPT2_MAX_TIME"] == ["2", "environment GPT2_MAX_TIME"]
+    assert "| V0   |   0/1 |" in (out / "report.md").read_text()
+
+
+def test_killed_cells_resume_bit_for_bit(tmp_path):
+    """kill -9 of the training process: the study goes on, says so, and the next make resumes from the checkpoint."""
+    symbols = {"ABLATION_STEPS": '"V3"', "GPT2_MAX_ITERS": 120, "CHECKPOINT_INTERVAL": 1}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    straight, killed = Study(tmp_path / "a", **symbols), Study(tmp_path / "b", **symbols)
+    assert straight.make()[0] == 0
+    folder = killed.out / "test_V3_adamwspam_none"
+    process = killed.start()
+    wait_for(lambda: (folder / "checkpoint.pt").exists())
+    os.kill(killed.cell_pids()[0], signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 2 and "interrupted after" in output and "without a result: V3 seed 1337" in output
+    assert not (folder / "metrics.json").exists()
+    assert "| interrupted | run" in killed.make("plan")[1]
+    code, output = killed.make()
+    assert code == 0, output
+    assert killed.metrics("V3")["resumed"] == 1
+    assert equal(killed.weights("V3"), straight.weights("V3"))
+    assert killed.metrics("V3")["val_loss"] == straight.metrics("V3")["val_loss"]
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "terminate make", "kill -9 make"])
+def test_stopping_make_stops_the_cell_and_loses_nothing(tmp_path, how):
+    study = Study(tmp_path, ABLATION_STEPS='"V0 V1"', GPT2_MAX_ITERS=1000000)
+    folder = study.out / "test_V0_adamwspam_none"
+    process = study.start()
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size)
+    if how == "ctrl-c":
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal does; the cell is in a group of its own
+    else:
+        os.kill(process.pid, signal.SIGTERM if how == "terminate make" else signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    wait_for(lambda: not study.cell_pids())
+    assert (folder / "checkpoint.pt").exists() and not (folder / "metrics.json").exists()
+    assert not (study.out / "test_V1_adamwspam_none/metrics.jsonl").exists(), "no further cell starts"
+    assert list(folder.glob(".*.tmp")) == []
+
+
+def test_stopping_never_deletes_a_result(finished):
+    """make deletes half-made targets on interrupt; metrics.json is precious."""
+    study, folder = finished, finished.out / "test_V0_adamwspam_none"
+    before = (folder / "metrics.json").read_bytes()
+    process = study.start()
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert (folder / "metrics.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("arguments, extra, message", [
+    (["defconfig-gpt2-ra-ablatoin"], {}, "error: there is no defconfig 'gpt2-ra-ablatoin'.\n  try: did you mean gpt2-ra-ablation?"),
+    (["OUT=a b"], {}, "holds a character that make cannot take"),
+    (["OUT=/proc/nowhere"], {}, "cannot be written"),
+    ([], {"GPT2_MAX_TIME": "abc"}, "error: environment GPT2_MAX_TIME: GPT2_MAX_TIME=abc is not a whole number."),
+    ([], {"GPT2_MAX_TIME": "-1"}, "GPT2_MAX_TIME=-1 is outside its range"),
+    ([], {"GPT2_MAX_TIME": "; rm -rf x"}, "GPT2_MAX_TIME=; rm -rf x is not a whole number."),
+    (["SEEDS=1 1"], {}, "names a seed twice"),
+    (["V6"], {}, "step V6 is not in study micro (V0 V1)."),
+])
+def test_bad_input_is_one_sentence_and_nothing_is_lost(finished, arguments, extra, message):
+    before = snapshot(finished.out)
+    code, output = finished.make(*arguments, **extra)
+    assert code != 0 and message in output and "Traceback" not in output
+    assert snapshot(finished.out) == before
+
+
+def test_missing_data_is_one_error_before_any_cell(tmp_path):
+    study = Study(tmp_path, DATA_SHAKESPEARE="y", DATA_DIR=f'"{tmp_path}/none"')
+    text = study.config.read_text().replace("CONFIG_DATA_PYSTDLIB=y\n", "")
+    study.config.write_text(text)
+    code, output = study.make()
+    assert code != 0 and "The data set shakespeare is not there" in output and "try: make data" in output
+    assert not list(study.out.glob("test_*"))
+
+
+def test_token_ids_beyond_the_vocabulary(tmp_path):
+    import numpy as np
+
+    for name in ("train", "val"):
+        np.full(4000, 60000, np.uint16).tofile(tmp_path / f"{name}.bin")
+    study = Study(tmp_path, DATA_LOCAL="y", DATA_LOCAL_DIR=f'"{tmp_path}"')
+    study.config.write_text(study.config.read_text().replace("CONFIG_DATA_PYSTDLIB=y\n", ""))
+    code, output = study.make()
+    assert code != 0 and "60000" in output and "50256" in output and "Traceback" not in output
+
+
+def test_a_failed_cell_is_a_row_and_retry_runs_it_again(tmp_path):
+    """A cell whose process raises: named with its last line, kept by a plain make, run again by RETRY=1."""
+    tree = copy_tree(tmp_path / "tree")
+    (tmp_path / "s").mkdir()
+    study = Study(tmp_path / "s", tree=tree)
+    module = tree / "gpt2/attention/unified_ra.py"
+    original = module.read_text()
+    module.write_text(original.replace("        self.used = True\n", "        raise RuntimeError('planted')\n", 1))
+    code, output = study.make()
+    assert code == 2 and "V1 seed 1337: failed: exit status 1: RuntimeError: planted" in output
+    assert study.metrics("V0")["state"] == "done" and study.metrics("V1")["state"] == "failed"
+    module.write_text(original)
+    code, output = study.make()
+    assert code == 2 and "nothing to run" in output
+    code, output = study.make("RETRY=1")
+    assert code == 0 and "1 of 2 cells to run" in output and study.metrics("V1")["state"] == "done"
+
+
+def test_a_dependent_cell_starts_from_its_parents_model(tmp_path):
+    tree = copy_tree(tmp_path / "tree")
+    (tree / "gpt2/steps/Z1.config").write_text(
+        '# Help: V0 continued for one step at rate 0\nCONFIG_INIT_FROM_STEP="V0"\nCONFIG_GPT2_MAX_ITERS=1\n'
+        'CONFIG_LEARNING_RATE="0.0"\nCONFIG_GPT2_MIN_LR="0.0"\n')
+    (tmp_path / "s").mkdir()
+    study = Study(tmp_path / "s", tree=tree, ABLATION_STEPS='"V0 Z1"')
+    code, output = study.make("Z1", "-j2")
+    assert code == 0, output
+    assert equal(study.weights("Z1"), study.weights("V0"))
+    assert study.metrics("Z1")["identity"]["set"]["PARENT"]
+
+
+def copy_tree(target: Path) -> Path:
+    """The parts of the project that run a study, to change something in them."""
+    target.mkdir()
+    for name in ("Makefile", "Kconfig"):
+        shutil.copy(ROOT / name, target)
+    for name in ("lib", "gpt2", "scripts", "defconfigs"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return target
+
+
+def test_the_default_without_a_configuration(tmp_path):
+    study = Study(tmp_path)
+    study.config.unlink()
+    code, output = study.make("plan")
+    assert code == 0 and output.startswith("no .config: using the study gpt2-ra-ablation+tiny")
+    assert all(f"test_V{i}_adamwspam_none" in output for i in range(7))
