@@ -31,20 +31,25 @@ on_command_line = $(if $(filter command,$(firstword $(origin $(1)))),$($(1)))
 export KABLATE_OUT := $(call on_command_line,OUT)
 export KABLATE_SEEDS := $(call on_command_line,SEEDS)
 export KABLATE_TIME := $(call on_command_line,TIME)
-export RETRY NAME STUDY ALL FULL A B
+$(foreach v,RETRY NAME STUDY ALL FULL A B,$(eval export $(v) := $(call on_command_line,$(v))))
 
 STEP_GOALS := $(basename $(notdir $(wildcard gpt2/steps/*.config)))
 STEPS := $(filter $(STEP_GOALS),$(MAKECMDGOALS))
 
 ##@ Run a study
 .PHONY: run
+ifneq (,$(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS)))))
+run: plan # make -n: a recipe that calls make would really run
+else
 run: $(SETUP) ## plan the configured study, run the cells that are missing, report
 	$(Q)cells=$$($(PYTHON) -m scripts.plan --write $(reasons) $(STEPS)) && \
 	KABLATE_MAKE_PID=$$PPID $(MAKE) --no-print-directory -f "$$cells" && \
 	$(PYTHON) -m scripts.report
+endif
 
 .PHONY: $(STEP_GOALS)
 $(STEP_GOALS): run
+	@:
 
 .PHONY: plan
 plan: $(SETUP) ## list the study's cells, their state, and why each would run
@@ -94,7 +99,8 @@ diffconfig: $(SETUP) ## compare two configurations: A=study-or-file B=study-or-f
 .PHONY: setup
 setup: $(SETUP) ## create ./.venv with the pinned requirements
 $(VENV)/.stamp: pyproject.toml requirements.txt constraints.txt
-	$(Q)$(PYTHON3) -m venv $(VENV)
+	$(Q)$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed.")'
+	$(Q)echo "setting up $(VENV) (some minutes, once)" && $(PYTHON3) -m venv $(VENV)
 	$(Q)$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	$(Q)touch $@
 

@@ -18,7 +18,7 @@ from gpt2.model import GPT, expected_parameters
 from lib import optimizers
 
 SMALL = {"GPT2_N_LAYER": 2, "VOCAB_SIZE": 512, "GPT2_BLOCK_SIZE": 64}
-BATCH = 2
+BATCH = 1  # `causality` adds rows, and so shows that rows do not see each other
 TOLERANCE = 2e-5  # of logits of size 1, between two orders of float32 sums
 CHUNKS = (17, 1, 1, 13)  # cached decoding: a prompt, single tokens, a chunk on a prefix, then the rest
 
@@ -156,12 +156,13 @@ def save_and_load(s: Subject):
     file = io.BytesIO()
     torch.save(s.model.state_dict(), file)
     file.seek(0)
-    before = s.logits(s.x)
+    few = s.x[:, :8]
+    before = s.logits(few)
     with torch.device("meta"):
         fresh = GPT(s.small)
     fresh.load_state_dict(torch.load(file, weights_only=True), assign=True)
     with torch.no_grad():
-        after = fresh.eval()(s.x)[0]
+        after = fresh.eval()(few)[0]
     return None if torch.equal(before, after) else "a saved and loaded model computes something else"
 
 

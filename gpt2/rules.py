@@ -19,7 +19,7 @@ def check(cfg) -> None:
     if width % heads:
         raise UserError(f"GPT2_N_EMBD={width} is not divisible by GPT2_N_HEAD={heads}.",
                         f"choose a width that is a multiple of {heads}.")
-    if cfg.RA_R is not None and cfg.RA_R >= width // heads:
+    if cfg.RA_R is not None and width // heads <= cfg.RA_R:
         raise UserError(f"RA_R={cfg.RA_R} is not below the head width {width // heads}.",
                         f"set RA_R to at most {width // heads - 1}.")
     if cfg.RMLP_R_FF is not None:
@@ -33,4 +33,5 @@ def check(cfg) -> None:
                         "set GPT2_MIN_LR to the rate the schedule ends at, usually a tenth of the peak.")
     if cfg.SPAM_INTERVAL and cfg.SPAM_WARMUP_STEPS >= cfg.SPAM_INTERVAL:
         raise UserError(f"SPAM_WARMUP_STEPS={cfg.SPAM_WARMUP_STEPS} is not below SPAM_INTERVAL={cfg.SPAM_INTERVAL}, so the "
-                        "learning rate would never leave its re-warm-up.", "set it below SPAM_INTERVAL (the paper: 150 of 500).")
+                        "learning rate would never leave its re-warm-up.",
+                        "set it below SPAM_INTERVAL (the paper: 150 of 500).")

@@ -131,7 +131,8 @@ class Display:
         self.path, self.title, self.shown_at = folder / "metrics.jsonl", title, time.monotonic()
         number, _, total = position.partition("/")
         self.cells_after = int(total) - int(number)
-        self.begun, self.first_progress, self.offset, self.row = time.monotonic(), None, 0, {}
+        self.begun, self.offset, self.row = time.monotonic(), 0, {}
+        self.first = None  # (time, progress) of the first row seen, for the time left; a resumed cell does not start at 0
 
     def update(self) -> None:
         now = time.monotonic()
@@ -167,17 +168,17 @@ class Display:
     def _text(self) -> str:
         if "progress" not in self.row:
             return f"{self.title}: starting ({duration(time.monotonic() - self.begun)})"
-        share, elapsed = self.row["progress"], time.monotonic() - self.begun
-        if self.first_progress is None:  # a resumed cell does not start at 0
-            self.first_progress = share if share > 0.5 or elapsed < 1 else 0.0
+        now, share = time.monotonic(), self.row["progress"]
+        self.first = self.first or (now, share)
         parts = [f"{self.title}: {100 * share:3.0f} %"]
         parts += [f"loss {self.row['train_loss_step']:.3f}"] if "train_loss_step" in self.row else []
         parts += [f"val {self.row['val_loss']:.3f}"] if "val_loss" in self.row else []
         parts += [f"{count(self.row['tokens_per_second'])} tokens/s"] if "tokens_per_second" in self.row else []
-        if share > self.first_progress:
-            whole = elapsed / (share - self.first_progress)
+        if share > self.first[1]:
+            whole = (now - self.first[0]) / (share - self.first[1])
             rest = whole * (1 - share)
             parts.append(f"{duration(rest)} left")
             if self.cells_after:
-                parts.append(f"study {duration(rest + whole * self.cells_after)}")
+                start = self.first[0] - self.begun
+                parts.append(f"study {duration(rest + (start + whole) * self.cells_after)}")
         return "  ".join(parts)

@@ -42,7 +42,9 @@ def render(plan) -> str:
         lines.append(step_row(step, cells, records, reference, margin, step.split()[0] == first))
     header = ["step", "seeds", "final val loss", "perplexity", f"to {first}", "tokens", "tokens/s", "parameters",
               "peak memory", "state"]
-    text = f"# {plan.study.name}\n\n" + table(header, lines, "lrrrrrrrrl") + "\n"
+    overrides = ", ".join(f"{a.name}={a.value}" for a in plan.study.overrides)
+    title = plan.study.name + (f" with {overrides}" if overrides else "")
+    text = f"# {title}\n\n" + table(header, lines, "lrrrrrrrrl") + "\n"
     return text + "\n".join(notes(plan, by_step, first, margin)) + "\n"
 
 
@@ -84,14 +86,13 @@ def notes(plan, by_step, first: str, margin: float) -> list[str]:
     if records:
         one, data = records[0], records[0]["data"]
         environment = one["environment"]
+        spent = {kind: duration(fmean(r[f"{kind}_seconds"] for r in records)) for kind in ("setup", "compile", "eval", "train")}
         found += [f"- data: {data['name']}, {data['tokenizer']} tokens, {count(data['train_tokens'])} for training, evaluation "
                   f"set {data['eval_hash'][:12]}; unigram entropy {data['unigram_entropy']:.3f} nats",
                   f"- machine: {environment['device']}, {environment['precision']}, torch {environment['torch']}, "
                   f"compile {'on' if environment['compile'] else 'off'}, {environment['threads']} threads",
-                  f"- outside the budget, mean of a cell: start {duration(fmean(r['setup_seconds'] for r in records))}, compile "
-                  f"{duration(fmean(r['compile_seconds'] for r in records))}, evaluation "
-                  f"{duration(fmean(r['eval_seconds'] for r in records))}; training "
-                  f"{duration(fmean(r['train_seconds'] for r in records))}"]
+                  f"- outside the budget, mean of a cell: start {spent['setup']}, compile {spent['compile']}, evaluation "
+                  f"{spent['eval']}; training {spent['train']}"]
     for cells in by_step.values():
         found += [f"- {cell.step} seed {cell.seed}: {status.state}: {status.why}" for cell, status in cells
                   if status.state in ("failed", "diverged", "stale", "interrupted")]

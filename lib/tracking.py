@@ -30,7 +30,8 @@ class MetricsLog:
         path = Path(folder) / "metrics.jsonl"
         kept = path.read_text().splitlines()[:keep] if keep else []
         atomic.write_text(path, "".join(line + "\n" for line in kept))
-        self.file, self.count, self.tracker = open(path, "a"), len(kept), tracker
+        self.file = open(path, "a")  # noqa: SIM115 open until close()
+        self.count, self.tracker = len(kept), tracker
 
     def row(self, **values) -> None:
         self.file.write(json.dumps({k: finite(v) for k, v in values.items()}, allow_nan=False) + "\n")

@@ -12,7 +12,7 @@ from lib.cells import baseline
 from lib.config import DEFAULT_STUDY, Study, parse_step
 from lib.errors import reported
 from lib.steps import step_files, step_header, step_path
-from lib.tables import count, table
+from lib.tables import table
 
 
 def check_steps(study: Study, steps: list[str], full: bool = False) -> int:

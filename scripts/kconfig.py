@@ -22,13 +22,9 @@ def defconfig(name: str) -> None:
     """Write .config from a study and fragments; the old one is kept as .config.old."""
     study = Study(name)
     path = config_path()
-    try:
-        if path.exists():
-            atomic.write_bytes(path.with_name(path.name + ".old"), path.read_bytes())
-        atomic.write_text(path, study.text())
-    except OSError as error:
-        raise UserError(f"{shown(path)} cannot be written: {error.strerror}.",
-                        "check the folder, or name another file in $KCONFIG_CONFIG.") from None
+    if path.exists():
+        atomic.write_bytes(path.with_name(path.name + ".old"), path.read_bytes())
+    atomic.write_text(path, study.text())
     steps = study.config.ABLATION_STEPS
     print(f"{shown(path)} is now {name}: steps {steps}")
 
@@ -126,17 +122,21 @@ def main() -> None:
                                          "listnewconfig"])
     parser.add_argument("study", nargs="?", help="for defconfig: the study, also with fragments: study+tiny")
     args = parser.parse_args()
-    if args.goal == "defconfig":
-        if not args.study:
-            parser.error("defconfig needs the name of a study")
-        defconfig(args.study)
-    elif args.goal == "savedefconfig":
-        savedefconfig(os.environ.get("NAME", ""))
-    else:
-        try:
+    if args.goal == "defconfig" and not args.study:
+        parser.error("defconfig needs the name of a study")
+    try:
+        if args.goal == "defconfig":
+            defconfig(args.study)
+        elif args.goal == "savedefconfig":
+            savedefconfig(os.environ.get("NAME", ""))
+        else:
             tool(args.goal)
-        except KeyboardInterrupt:
-            sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        place = "defconfigs" if args.goal == "savedefconfig" else shown(config_path())
+        raise UserError(f"{place} cannot be read or written: {error.strerror}.",
+                        "check its folder and permissions ($KCONFIG_CONFIG names another .config).") from None
 
 
 if __name__ == "__main__":

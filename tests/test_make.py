@@ -191,7 +191,8 @@ def test_stopping_never_deletes_a_result(finished):
 
 
 @pytest.mark.parametrize("arguments, extra, message", [
-    (["defconfig-gpt2-ra-ablatoin"], {}, "error: there is no defconfig 'gpt2-ra-ablatoin'.\n  try: did you mean gpt2-ra-ablation?"),
+    (["defconfig-gpt2-ra-ablatoin"], {},
+     "error: there is no defconfig 'gpt2-ra-ablatoin'.\n  try: did you mean gpt2-ra-ablation?"),
     (["OUT=a b"], {}, "holds a character that make cannot take"),
     (["OUT=/proc/nowhere"], {}, "cannot be written"),
     ([], {"GPT2_MAX_TIME": "abc"}, "error: environment GPT2_MAX_TIME: GPT2_MAX_TIME=abc is not a whole number."),
@@ -255,7 +256,7 @@ def test_a_dependent_cell_starts_from_its_parents_model(tmp_path):
     code, output = study.make("Z1", "-j2")
     assert code == 0, output
     assert equal(study.weights("Z1"), study.weights("V0"))
-    assert study.metrics("Z1")["identity"]["set"]["PARENT"]
+    assert study.metrics("Z1")["identity"]["set"]["PARENT.MODEL_TINY"] == "y"
 
 
 def copy_tree(target: Path) -> Path:

@@ -16,7 +16,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.optimizers.adamw_spam import AdamWSPAM
-from lib.optimizers.sinkgd import MATRIX_LR_MULT, SinkGD
+from lib.optimizers.sinkgd import SinkGD
 
 ADAM_EPS = 1e-8
 
@@ -48,7 +48,7 @@ def param_groups(model: nn.Module, cfg) -> list[dict]:
     """Groups "decay" (two dimensions and more), "no_decay" and "gate"; those without a parameter are left out.
 
     A parameter with several names is in there once, under its first. For SinkGD "matrix" is split off from "decay":
-    what is two-dimensional and no embedding, at MATRIX_LR_MULT of the rate.
+    what is two-dimensional and no embedding, at SINKGD_MATRIX_LR_MULT of the rate.
     """
     gates, tables = declared(model, "gate_parameters"), embeddings(model)
 
@@ -59,8 +59,9 @@ def param_groups(model: nn.Module, cfg) -> list[dict]:
             return "no_decay"
         return "matrix" if cfg.OPTIMIZER == "sinkgd" and p.ndim == 2 and id(p) not in tables else "decay"
 
+    matrix_multiple = cfg.SINKGD_MATRIX_LR_MULT if cfg.OPTIMIZER == "sinkgd" else 1.0
     settings = {  # name: (weight decay, learning rate over that of the schedule)
-        "matrix": (cfg.WEIGHT_DECAY, MATRIX_LR_MULT),
+        "matrix": (cfg.WEIGHT_DECAY, matrix_multiple),
         "decay": (cfg.WEIGHT_DECAY, 1.0),
         "no_decay": (0.0, 1.0),
         "gate": (0.0, cfg.GATE_LR_MULT),
@@ -86,7 +87,7 @@ def param_groups(model: nn.Module, cfg) -> list[dict]:
 def build(model: nn.Module, cfg) -> torch.optim.Optimizer:
     """The optimizer of `cfg` over all trainable parameters of `model`, which must be on their device already.
 
-    UserError for an unknown OPTIMIZER or a re-warm-up that would never end (see AdamWSPAM).
+    UserError for an unknown OPTIMIZER.
     """
     groups = param_groups(model, cfg)
     common = dict(lr=cfg.LEARNING_RATE, betas=(cfg.ADAM_BETA1, cfg.ADAM_BETA2), eps=ADAM_EPS, weight_decay=0.0)

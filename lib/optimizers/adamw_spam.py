@@ -21,8 +21,6 @@ import math
 
 import torch
 
-from lib.errors import UserError
-
 REWARM_START = 0.01  # of the learning rate; the authors' code starts its re-warm-up at the same 1 %
 CPU_BATCH = 1 << 18  # entries: the arrays of a batch stay in the cache, measured best on two threads and on one
 GPU_BATCH = 1 << 25  # entries: few launches, and under 0.5 GB for the temporaries of a batch
@@ -107,7 +105,7 @@ class AdamWSPAM(torch.optim.Optimizer):
 
     theta: an entry of the gradient is a spike when g^2 > theta v_hat; finite and positive (paper: 5000).
     interval: calls of step() between resets, 0 for none (paper: 500). warmup_steps: calls from a reset on with a
-    reduced learning rate (paper: 150). UserError when warmup_steps >= interval > 0: the re-warm-up would never end.
+    reduced learning rate (paper: 150). ValueError when warmup_steps >= interval > 0: the re-warm-up would never end.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, theta=5000.0, interval=500,
@@ -115,11 +113,7 @@ class AdamWSPAM(torch.optim.Optimizer):
         if not (math.isfinite(theta) and theta > 0 and interval >= 0 and warmup_steps >= 0):
             raise ValueError(f"theta={theta}, interval={interval} or warmup_steps={warmup_steps} is out of range")
         if 0 < interval <= warmup_steps:
-            raise UserError(
-                f"SPAM_WARMUP_STEPS={warmup_steps} is not below SPAM_INTERVAL={interval}, so the learning rate would "
-                "never leave its re-warm-up.",
-                "set SPAM_WARMUP_STEPS below SPAM_INTERVAL (the paper has 150 and 500), or SPAM_INTERVAL=0: no reset.",
-            )
+            raise ValueError(f"warmup_steps={warmup_steps} is not below interval={interval}: the re-warm-up never ends")
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, theta=theta,
                                       interval=interval, warmup_steps=warmup_steps, step=0))
 

@@ -9,7 +9,7 @@ Invariants: the matrices' step does not depend on the scale of the gradient (so 
 save through the tanh of the L1 form), zero rows and columns stay zero, and p.grad is not changed.
 
 Learning rates. Entries of balance() have root mean square 1, about what AdamW's step has, so the step is lr an entry.
-The paper gives the Adam part the global rate and the matrices MATRIX_LR_MULT = 0.05 of it: global 0.02, hence 1e-3 for
+The paper gives the Adam part the global rate and the matrices SINKGD_MATRIX_LR_MULT = 0.05 of it: global 0.02, hence 1e-3 for
 matrices, L = 5 rounds, no momentum. `lib.optimizers.build` keeps that relation, through the group's lr_mult; so
 LEARNING_RATE is the paper's global rate, and a value tuned for AdamW (6e-4) is a small one here.
 """
@@ -18,7 +18,6 @@ import torch
 
 from lib.optimizers.adamw_spam import adamw_update, batched, moment_batches
 
-MATRIX_LR_MULT = 0.05  # the paper's alpha: matrices' learning rate over that of the Adam part
 CPU_STACK = 1 << 20  # entries of equal matrices that are worked on together
 GPU_STACK = 1 << 25  # likewise; bounds the temporaries to 3 x 128 MiB
 

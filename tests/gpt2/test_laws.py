@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpt2.laws import LAWS, Subject, broken_laws
+from gpt2.laws import Subject, broken_laws
 from tests.gpt2.conftest import V_STEPS
 
 

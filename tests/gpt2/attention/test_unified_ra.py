@@ -64,7 +64,8 @@ def test_score_has_two_terms_and_no_cross_terms():
     q0, k0, _ = (t.view(9, H, D).transpose(0, 1)
                  for t in torch.nn.functional.linear(x[0], plain.c_attn.weight, plain.c_attn.bias).split(E, 1))
     std, low = slice(0, D - R), slice(D - R, D)
-    expected = ra.w_std[:, None, None] * q0[..., std] @ k0[..., std].mT + ra.w_rec[:, None, None] * k0[..., low] @ q0[..., low].mT
+    standard, reciprocal = q0[..., std] @ k0[..., std].mT, k0[..., low] @ q0[..., low].mT
+    expected = ra.w_std[:, None, None] * standard + ra.w_rec[:, None, None] * reciprocal
     torch.testing.assert_close(q @ k.mT, expected, rtol=1e-4, atol=1e-4)
 
 

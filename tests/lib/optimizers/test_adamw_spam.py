@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.errors import UserError
 from lib.optimizers import build
 from lib.optimizers.adamw_spam import AdamWSPAM, clip_spikes, rewarm_factor
 from tests.lib.optimizers.toy import config, gradient, toy, train
@@ -188,7 +187,7 @@ def test_a_rate_set_before_each_step_is_followed():
 
 def test_a_rewarm_that_never_ends_is_refused():
     for interval, warmup in ((1000, 1000), (50, 150)):
-        with pytest.raises(UserError, match="SPAM_WARMUP_STEPS"):
+        with pytest.raises(ValueError, match="the re-warm-up never ends"):
             build(toy(), config(SPAM_INTERVAL=interval, SPAM_WARMUP_STEPS=warmup))
     build(toy(), config(SPAM_INTERVAL=0))
 

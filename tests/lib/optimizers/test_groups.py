@@ -8,7 +8,7 @@ from lib.errors import UserError
 from lib.kconfig import Assignment, Schema
 from lib.optimizers import build, param_groups
 from lib.optimizers.adamw_spam import AdamWSPAM
-from lib.optimizers.sinkgd import MATRIX_LR_MULT, SinkGD
+from lib.optimizers.sinkgd import SinkGD
 from tests.lib.optimizers.toy import Toy, config, toy, train
 
 KINDS = ("adamw", "adamwspam", "sinkgd")
@@ -47,7 +47,7 @@ def test_groups_follow_shape_and_declaration():
 @pytest.mark.parametrize("kind", KINDS)
 def test_decay_and_rates(kind):
     groups = {g["name"]: g for g in build(toy(), config(kind, WEIGHT_DECAY=0.3, GATE_LR_MULT=7.0)).param_groups}
-    expected = {"decay": (0.3, 1), "no_decay": (0, 1), "gate": (0, 7), "matrix": (0.3, MATRIX_LR_MULT)}
+    expected = {"decay": (0.3, 1), "no_decay": (0, 1), "gate": (0, 7), "matrix": (0.3, 0.05)}
     assert groups.keys() == expected.keys() - (set() if kind == "sinkgd" else {"matrix"})
     for name, group in groups.items():
         decay, multiple = expected[name]

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib.config import load
 from lib.optimizers import build
-from lib.optimizers.sinkgd import MATRIX_LR_MULT, SinkGD, balance
+from lib.optimizers.sinkgd import SinkGD, balance
 from tests.lib.optimizers.toy import config, gradient, toy, train
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -139,9 +140,9 @@ def test_the_rest_is_adamw():
 
 
 def test_learning_rate_relation_is_the_papers():
-    rates = {g["name"]: g["lr"] for g in build(toy(), config("sinkgd", LEARNING_RATE=0.02)).param_groups}
+    cfg = load("gpt2-ra-ablation", overrides={"OPTIMIZER_SINKGD": True})
+    rates = {g["name"]: g["lr"] for g in build(toy(), cfg).param_groups}
     assert rates["matrix"] == pytest.approx(1e-3) and rates["decay"] == rates["no_decay"] == 0.02
-    assert MATRIX_LR_MULT == 0.05
 
 
 def test_parameters_without_gradient_are_skipped():

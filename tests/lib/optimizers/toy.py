@@ -65,7 +65,7 @@ def toy(seed=0) -> Toy:
 def config(optimizer="adamwspam", **changes) -> SimpleNamespace:
     values = dict(OPTIMIZER=optimizer, LEARNING_RATE=1e-2, WEIGHT_DECAY=0.1, ADAM_BETA1=0.9, ADAM_BETA2=0.95,
                   SPAM_THETA=5000.0, SPAM_INTERVAL=500, SPAM_WARMUP_STEPS=150, SINKGD_ITERS=5, SINKGD_L1=False,
-                  SINKGD_TAU=0.1, GATE_LR_MULT=1.0)
+                  SINKGD_TAU=0.1, SINKGD_MATRIX_LR_MULT=0.05, GATE_LR_MULT=1.0)
     assert not changes.keys() - values.keys()
     return SimpleNamespace(**{**values, **changes})
 

@@ -1,0 +1,30 @@
+"""No test sees what the developer's shell or an outer make has set, and hypothesis gives the same examples every time."""
+
+import os
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("kablate", deadline=None, derandomize=True, database=None)
+settings.load_profile("kablate")
+
+OF_THE_SHELL = ("KCONFIG_CONFIG", "RETRY", "NAME", "STUDY", "STEPS", "ALL", "FULL", "A", "B", "V", "TIME", "OUT", "SEEDS",
+                "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "srctree")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in [n for n in os.environ if n.startswith(("GPT2_MAX_", "KABLATE_")) or n in OF_THE_SHELL]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def dotconfig(tmp_path, monkeypatch):
+    """dotconfig("RA_R=8", ...): a .config with these lines, which everything reads instead of the developer's own."""
+    path = tmp_path / "dot.config"
+    monkeypatch.setenv("KCONFIG_CONFIG", str(path))
+
+    def write(*assignments):
+        path.write_text("".join(f"CONFIG_{a}\n" for a in assignments))
+        return path
+    return write

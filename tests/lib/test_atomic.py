@@ -1,0 +1,92 @@
+"""Files are whole or absent, whatever happens while they are written."""
+
+import json
+import math
+import os
+import signal
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from lib import atomic
+from tests.harness import ROOT
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.parametrize("write, content, expected", [
+    (atomic.write_text, "ü\n", "ü\n".encode()), (atomic.write_bytes, b"\x00\xff", b"\x00\xff"), (atomic.write_text, "", b""),
+    (atomic.write_json, {"b": None, "a": [1.5]}, b'{\n "b": null,\n "a": [\n  1.5\n ]\n}\n'),
+])
+def test_the_new_content_replaces_the_old(tmp_path, write, content, expected):
+    path = tmp_path / "file"
+    path.write_bytes(b"something longer than what follows")
+    write(path, content)
+    assert path.read_bytes() == expected and names(tmp_path) == ["file"]
+
+
+def test_a_block_that_fails_leaves_the_old_content_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error), atomic.replacing(path) as temporary:
+            temporary.write_text("half")
+            assert path.read_text() == "old" and temporary.parent == tmp_path
+            raise error
+        assert path.read_text() == "old" and names(tmp_path) == ["file"]
+
+
+def test_a_name_is_taken_only_when_the_content_is_on_disk(tmp_path, monkeypatch):
+    synced = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.fstat(handle)), real(handle)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (synced.append("renamed"), os.rename(old, new)))
+    atomic.write_text(tmp_path / "file", "x")
+    content, renamed, folder = synced
+    assert stat.S_ISREG(content.st_mode) and content.st_size == 1 and renamed == "renamed" and stat.S_ISDIR(folder.st_mode)
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        atomic.write_text(tmp_path / "file", "x")
+        assert os.umask(umask) == umask, "the umask is left as it was"
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, {"deep": [1, math.nan]}])
+def test_json_is_strict(tmp_path, value):
+    path = tmp_path / "file"
+    path.write_text("{}")
+    with pytest.raises(ValueError):
+        atomic.write_json(path, value)
+    assert path.read_text() == "{}" and names(tmp_path) == ["file"]
+
+
+def test_a_missing_folder_is_an_error_and_stays_missing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        atomic.write_text(tmp_path / "none" / "file", "x")
+    assert names(tmp_path) == []
+
+
+def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    atomic.write_json(path, {"old": 1})
+    code = ("import sys\nfrom lib import atomic\n"
+            "with atomic.replacing(sys.argv[1]) as temporary:\n"
+            "    temporary.write_text('half')\n    print('writing', flush=True)\n    sys.stdin.read()\n")
+    child = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "writing\n"
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert json.loads(path.read_text()) == {"old": 1}
+    left = [n for n in names(tmp_path) if n != "file"]
+    assert len(left) == 1 and left[0].startswith(".file.") and left[0].endswith(".tmp"), "what a launcher cleans up"

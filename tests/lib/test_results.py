@@ -1,0 +1,88 @@
+"""metrics.json: strict JSON with every key, and a reader that believes nothing it has not checked."""
+
+import json
+import math
+
+import pytest
+
+from lib import results
+from tests.harness import MEASURED
+
+PROVENANCE = {"study": "s", "step": "V1", "optimizer": "adamw", "seed": 7, "parent": None,
+              "identity": {"hash": "0", "set": {"SEED": "7"}, "default": {}}, "symbols": {}}
+
+
+def strict(text):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+    return json.loads(text, parse_constant=refuse)
+
+
+def written(folder, *arguments, **measured):
+    results.write(folder, PROVENANCE, *arguments, **measured)
+    return strict((folder / "metrics.json").read_text())
+
+
+def test_a_record_has_every_key_and_null_for_what_is_missing(tmp_path):
+    record = written(tmp_path, "failed", "it broke")
+    assert tuple(record) == results.KEYS
+    given = {"format": 1, "state": "failed", "reason": "it broke", "study": "s", "step": "V1", "optimizer": "adamw", "seed": 7,
+             "identity": PROVENANCE["identity"]}
+    assert record == dict.fromkeys(results.KEYS) | given
+    assert results.read(tmp_path) == record
+
+
+def test_a_finished_record_reads_back(tmp_path):
+    record = written(tmp_path, "done", **MEASURED)
+    assert results.read(tmp_path) == record and record["val_loss"] == 3.0 and record["reason"] is None
+
+
+def test_nan_and_infinity_become_null_also_deep_inside(tmp_path):
+    record = written(tmp_path, "diverged", "loss nan", val_loss=math.nan, best_val_loss=math.inf, train_loss=-math.inf, tokens=5,
+                     data={"name": "x", "unigram_entropy": math.nan}, sizes={"a": [1, math.inf], "b": (2.5, None)})
+    assert [record[k] for k in ("val_loss", "best_val_loss", "train_loss", "tokens")] == [None, None, None, 5]
+    assert record["data"] == {"name": "x", "unigram_entropy": None} and record["sizes"] == {"a": [1, None], "b": [2.5, None]}
+
+
+@pytest.mark.parametrize("state, measured, message", [
+    ("done", {"val_los": 1.0}, r"metrics.json has no key \['val_los'\]"), ("finished", {}, "metrics.json has no state finished"),
+])
+def test_a_wrong_key_or_state_is_a_defect_of_the_program(tmp_path, state, measured, message):
+    with pytest.raises(ValueError, match=message):
+        results.write(tmp_path, PROVENANCE, state, **measured)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_file_is_no_record(tmp_path):
+    assert results.read(tmp_path) is None and results.read(tmp_path / "nowhere") is None
+
+
+GOOD = json.dumps(dict.fromkeys(results.KEYS) | {"format": 1, "state": "done", "val_loss": 3.5,
+                                                 "identity": {"set": {}, "default": {}, "hash": "0"}})
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("", "Expecting value"), (GOOD[:-9], ""), (GOOD.replace("3.5", "NaN"), "NaN is no number of JSON"),
+    (GOOD.replace("3.5", "-Infinity"), "-Infinity is no number of JSON"), (GOOD.replace("3.5", "1e999"), "1e999 is no number of JSON"),
+    ("[" * 100_000, ""), ("\udcff", ""),
+    *[(text, "it is not of format 1") for text in (
+        "[]", "null", "3", "{}", '"done"', GOOD.replace('"format": 1', '"format": 2'), GOOD.replace('"done"', '"running"'),
+        GOOD.replace('"done"', "null"), GOOD.replace("3.5", "null"), GOOD.replace("3.5", '"3.5"'),
+        GOOD.replace('"identity": {', '"identity": [], "x": {'), GOOD.replace('"set": {}, ', ""), GOOD.replace('"default": {}', '"default": []'))],
+])
+def test_anything_else_is_unreadable_with_a_reason(tmp_path, text, reason):
+    (tmp_path / "metrics.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    record = results.read(tmp_path)
+    assert record["state"] == "unreadable" and reason in record["reason"] and record["reason"]
+    assert record.keys() == set(results.KEYS)
+
+
+def test_the_good_one_is_good(tmp_path):
+    """Or the cases above would prove nothing."""
+    (tmp_path / "metrics.json").write_text(GOOD)
+    assert results.read(tmp_path)["state"] == "done"
+
+
+def test_a_folder_in_its_place_is_unreadable(tmp_path):
+    (tmp_path / "metrics.json").mkdir()
+    assert results.read(tmp_path)["state"] == "unreadable"

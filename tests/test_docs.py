@@ -1,0 +1,68 @@
+"""Every command of the README runs, or would: make goals exist, scripts take their arguments."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match(r"([A-Z0-9_]+=\S+ )?make\b", c)])
+def test_make_commands(command, tmp_path):
+    """make -n: the goals exist and their recipes expand."""
+    words = shlex.split(command)
+    variables = dict(w.split("=", 1) for w in words[:words.index("make")])
+    done = subprocess.run(["make", "-n", f"PYTHON={sys.executable}", *words[words.index("make") + 1:]], cwd=ROOT, text=True,
+                          capture_output=True, env=os.environ | variables | {"KCONFIG_CONFIG": str(tmp_path / "none")})
+    assert done.returncode == 0 and sys.executable in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])
+def test_python_commands(command, tmp_path):
+    words = [sys.executable, *shlex.split(command)[1:]]
+    if "--out" in words:
+        words += ["--dry-run"]  # the arguments are read and the step is built, but not trained
+    done = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, env=os.environ | {
+        "KCONFIG_CONFIG": str(tmp_path / "none"), "PYTEST_ADDOPTS": "--collect-only -n 0 -p no:cacheprovider"})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_all_commands_are_tested():
+    assert len(COMMANDS) > 15
+    assert all(re.match(r"([A-Z0-9_]+=\S+ )?make\b|python ", c) for c in COMMANDS)
+
+
+def test_goals_named_in_the_text_exist():
+    goals = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    goals |= {"menuconfig", "savedefconfig"}
+    for goal in re.findall(r"`make ([a-z][a-z-]*)", README):
+        assert goal in goals, goal
+
+
+def test_the_step_of_the_readme_is_valid(tmp_path):
+    from lib.config import Study
+    from lib.kconfig import read_layer
+
+    text = re.search(r"```\n(# Help: .*?)```", README, re.S).group(1)
+    (tmp_path / "X.config").write_text(text)
+    layer = read_layer(tmp_path / "X.config")
+    assert Study("gpt2-ra-ablation").resolve("V0", overrides=layer).config.RA_R == 16
+
+
+def test_the_table_of_function_classes_is_true(tmp_path):
+    """'GPT-2' in the last column means collapse() gives a GPT-2; 'no smaller one known' means it gives None."""
+    from gpt2.model import GPT
+    from lib.config import load
+
+    rows = re.findall(r"^\| (V\d) \|.*\| ([^|]+) \|$", README, re.M)
+    assert [step for step, _ in rows] == [f"V{i}" for i in range(7)]
+    for step, function_class in rows:
+        collapsed = GPT(load("gpt2-ra-ablation+tiny", step)).collapse()
+        assert (collapsed is not None) == function_class.startswith("GPT-2"), step
