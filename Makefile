@@ -25,6 +25,8 @@ PYTHON3 := python3
 ANY_PYTHON = $(if $(wildcard $(PYTHON)),$(PYTHON),$(PYTHON3))
 export PYTHON Q
 export PYTHONUNBUFFERED := 1
+# CPU threads sleep while they wait for each other: spinning ones are several times slower on a machine that is not idle.
+export OMP_WAIT_POLICY ?= passive
 
 # These count only when they stand on make's command line; the environment is too easily polluted with TIME or OUT.
 on_command_line = $(if $(filter command,$(firstword $(origin $(1)))),$($(1)))

@@ -45,20 +45,29 @@ class Subject:
         self.x, self.y = tokens[:, :-1], tokens[:, 1:]
         self.start_logits = self.logits(self.x)
 
+    @property
+    def parameters(self) -> int:
+        """Parameters of the full model."""
+        return sum(p.numel() for p in self.full.parameters())
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the full model's cache for one sequence, in a 2-byte type."""
+        return self.full.new_cache(1, dtype=torch.bfloat16).nbytes()
+
     @torch.no_grad()
     def logits(self, x, cache=None):
         return self.model.eval()(x, cache=cache)[0]
 
 
 def parameter_count(s: Subject):
-    found, expected = sum(p.numel() for p in s.full.parameters()), expected_parameters(s.cfg)
+    found, expected = s.parameters, expected_parameters(s.cfg)
     return None if found == expected else f"the full model has {found} parameters, its formula says {expected}"
 
 
 def cache_bytes(s: Subject):
-    found = s.full.new_cache(1).nbytes()
-    layer = pkgutil.resolve_name(s.cfg.ATTENTION_CLASS).cache_bytes_per_token(s.cfg, itemsize=4)
-    expected = s.cfg.GPT2_N_LAYER * s.cfg.GPT2_BLOCK_SIZE * layer
+    layer = pkgutil.resolve_name(s.cfg.ATTENTION_CLASS).cache_bytes_per_token(s.cfg, itemsize=2)
+    found, expected = s.cache_bytes, s.cfg.GPT2_N_LAYER * s.cfg.GPT2_BLOCK_SIZE * layer
     return None if found == expected else f"the cache holds {found} bytes, its formula says {expected}"
 
 

@@ -3,16 +3,25 @@
 
 def table(header: list[str], rows: list[list[str]], right: str = "") -> str:
     """Aligned Markdown table. `right` holds an 'r' at each column that is set to the right: 'lrr'."""
-    cells = [[str(c).replace("|", "\\|").replace("\n", " ") for c in row] for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    sides = (right + "l" * len(header))[:len(header)]
+    widths = [max(len(escaped(row[i])) for row in [header, *rows]) for i in range(len(header))]
+    return table_head(header, widths, right) + "".join(table_row(row, widths, right) for row in rows)
 
-    def line(row):
-        return "| " + " | ".join(c.rjust(w) if s == "r" else c.ljust(w)
-                                 for c, w, s in zip(row, widths, sides, strict=True)) + " |"
 
-    rule = "|" + "|".join("-" * (w + 1) + (":" if s == "r" else "-") for w, s in zip(widths, sides, strict=True)) + "|"
-    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])]) + "\n"
+def table_head(header: list[str], widths: list[int], right: str = "") -> str:
+    """The first two lines of a table whose rows are printed as they are known."""
+    rule = "|".join("-" * (w + 1) + (":" if s == "r" else "-") for w, s in zip(widths, right.ljust(len(widths)), strict=True))
+    return table_row(header, widths, right) + f"|{rule}|\n"
+
+
+def table_row(row: list[str], widths: list[int], right: str = "") -> str:
+    """One line of a table; a cell wider than its column pushes the others."""
+    cells = (escaped(c).rjust(w) if s == "r" else escaped(c).ljust(w)
+             for c, w, s in zip(row, widths, right.ljust(len(widths)), strict=True))
+    return f"| {' | '.join(cells)} |\n"
+
+
+def escaped(cell) -> str:
+    return str(cell).replace("|", "\\|").replace("\n", " ")
 
 
 def duration(seconds: float) -> str:

@@ -65,15 +65,22 @@ def set_default(path: Path, symbol: str, value: str) -> None:
     path.write_text(text)
 
 
-def finish(out: Path, *cells, state="done", reason=None, **measured) -> None:
-    """Bring cells to an end on disk, as their launchers and trainers would."""
-    with mock.patch("os.fsync"):  # 3,000 waits for the disk prove nothing here
+def finish(out: Path, *cells, state="done", reason=None, prepared=True, **measured) -> None:
+    """Bring cells to an end on disk, as their launchers (unless not `prepared`) and trainers would."""
+    with mock.patch("os.fsync"):  # a thousand waits for the disk prove nothing here
         for cell in cells:
-            prepare(out / cell.name, cell)
+            (out / cell.name).mkdir(parents=True, exist_ok=True)
+            if prepared:
+                prepare(out / cell.name, cell)
             values = MEASURED | measured if state == "done" else measured
             results.write(out / cell.name, cell.provenance(), state, reason, **values)
 
 
 def snapshot(folder: Path) -> dict:
     """Content and time of every file below."""
-    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
+    found = {}
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with open(path := os.path.join(where, name), "rb") as file:
+                found[path] = (os.fstat(file.fileno()).st_mtime_ns, file.read())
+    return found

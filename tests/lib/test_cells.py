@@ -66,7 +66,7 @@ def test_a_count_that_runs_past_the_last_seed():
 
 @given(st.one_of(st.text(st.characters(), max_size=30), st.text("0123456789 ,-", max_size=30)), st.integers(0, 2 ** 31 - 1))
 @example("9" * 5000, 0)
-@settings(max_examples=500)
+@settings(max_examples=200)
 def test_any_seeds_are_distinct_and_in_range_or_refused(text, base):
     try:
         seeds = parse_seeds(text, base)
@@ -102,7 +102,8 @@ def test_cells_come_seed_by_seed(study):
 
 
 def test_a_counted_seed_starts_at_the_base_seed(study):
-    assert [c.name for c in expand(study("V0", "SEED=7", 'SEEDS="2"'))] == ["test_V0_adamwspam_none", "test_V0_adamwspam_none_s8"]
+    names = [c.name for c in expand(study("V0", "SEED=7", 'SEEDS="2"'))]
+    assert names == ["test_V0_adamwspam_none", "test_V0_adamwspam_none_s8"]
 
 
 def test_the_optimizer_may_be_a_dimension(study):
@@ -125,8 +126,8 @@ def test_the_optimizer_may_be_a_dimension(study):
      ">= 1.", "give RMLP_R_FF a ratio like 1/48 or a whole number >= 1."),
     ("V0@DATA_DIR=a/b V0@DATA_DIR=a-b", [], "two cells would share the folder test_V0+DATA_DIR-a-b_adamwspam_none.",
      "give their steps different overrides."),
-    ("V0@DATA_DIR=" + "x" * 250, [], "the folder name test_V0+DATA_DIR-xxxxxxxxxxxxxxxxxxxxxxx... has 282 characters, more than "
-     "240.", "put the overrides of that step into a step file of their own."),
+    ("V0@DATA_DIR=" + "x" * 250, [], "the folder name test_V0+DATA_DIR-xxxxxxxxxxxxxxxxxxxxxxx... has 282 characters, more "
+     "than 240.", "put the overrides of that step into a step file of their own."),
     ("V1@INIT_FROM_STEP=V0", [], "step V1@INIT_FROM_STEP=V0 starts from the model of V0, which is not in the study.",
      "add V0 to ABLATION_STEPS."),
     ("V0", ['INIT_FROM_STEP="V0"'], "steps V0 -> V0 start from each other.", "break the circle in INIT_FROM_STEP."),
@@ -235,8 +236,9 @@ def started(out, cell, checkpoint=True):
 def state(out, cell):
     before = snapshot(out)
     status = inspect(out, cell)
-    assert {p: s for p, s in snapshot(out).items() if p.name != ".lock"} == {
-        p: s for p, s in before.items() if p.name != ".lock"}, "inspecting writes nothing"
+    after = snapshot(out)
+    assert after.keys() == before.keys(), "inspecting writes nothing"
+    assert all(after[path] == before[path] for path in before if not path.endswith(".lock"))
     return status.state, status.why
 
 
@@ -265,7 +267,8 @@ def test_a_checkpoint_of_another_configuration_is_stale(tmp_path, cell):
         "stale", "its checkpoint is of another configuration: BATCH_SIZE 8 -> 9")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"identity": []}', '{"identity": {}}', '{"identity": {"set": [], "default": 1}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"identity": []}', '{"identity": {}}',
+                                  '{"identity": {"set": [], "default": 1}}'])
 def test_a_checkpoint_without_readable_provenance_is_stale(tmp_path, cell, text):
     started(tmp_path, cell())
     (tmp_path / cell().name / "provenance.json").write_text(text)
@@ -300,7 +303,8 @@ def test_a_cell_with_a_record_is_what_the_record_says(tmp_path, cell, end, reaso
 
 def test_another_seed_in_the_same_folder_is_stale(tmp_path, cell):
     finish(tmp_path, cell())
-    assert state(tmp_path, cell("V1", "SEED=5", 'SEEDS="1"')) == ("stale", "its result is of another configuration: SEED 1337 -> 5")
+    assert state(tmp_path, cell("V1", "SEED=5", 'SEEDS="1"')) == (
+        "stale", "its result is of another configuration: SEED 1337 -> 5")
 
 
 @pytest.mark.parametrize("text, why", [

@@ -92,7 +92,8 @@ def test_without_a_configuration_the_default_study_is_used(dotconfig):
     path = dotconfig("SEED=5")
     assert not Study().is_fallback and Study().config.SEED == 5
     path.unlink()
-    assert refusal(Study, config=path) == (f"there is no configuration {path}.", "make defconfig-NAME (see make list-defconfigs).")
+    assert refusal(Study, config=path) == (f"there is no configuration {path}.",
+                                           "make defconfig-NAME (see make list-defconfigs).")
 
 
 @pytest.mark.parametrize("lines, what, run", [
@@ -181,7 +182,8 @@ def test_a_step_file_is_held_to_the_same_rules(tmp_path, monkeypatch):
     steps = tmp_path / "steps"
     steps.mkdir()
     monkeypatch.setattr("lib.steps.ROOT", tmp_path)
-    for name, text in [("V10", ""), ("V2", "# Help:  two \n# Equals: V0\nCONFIG_GPT2_BIAS=y\n"), ("A", "CONFIG_X=y\n# Help: late\n")]:
+    for name, text in [("V10", ""), ("V2", "# Help:  two \n# Equals: V0\nCONFIG_GPT2_BIAS=y\n"),
+                       ("A", "CONFIG_X=y\n# Help: late\n")]:
         (steps / f"{name}.config").write_text(text)
     (steps / "notes.txt").write_text("no step")
     assert list(step_files("steps")) == ["A", "V2", "V10"]
@@ -306,7 +308,7 @@ STUDY = study("gpt2-ra-ablation+tiny")
 @given(SPECS)
 @example("V1@GPT2_DROPOUT=1e-99999999")
 @example("V1@BATCH_SIZE=" + "9" * 5000)
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_any_step_resolves_to_what_it_says_or_is_refused(spec):
     try:
         resolved, layer = STUDY.resolve(spec), parse_step(spec)[1]
@@ -325,7 +327,7 @@ LINES = st.one_of(st.builds("CONFIG_{}={}".format, st.sampled_from(sorted(SCHEMA
 
 
 @given(st.lists(LINES, max_size=4).map("\n".join))
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_any_dotconfig_holds_what_it_says_or_is_refused(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "dot.config"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))

@@ -45,7 +45,8 @@ class Finished:
         self.configure()
         cells = expand(Study(config=self.config))
         assert len(cells) == CELLS
-        finish(self.out, *cells)
+        finish(self.out, *cells, prepared=False)
+        self.proof = self.cells()
 
     def configure(self, *assignments, seeds=SEEDS, steps=STEPS):
         lines = [*TINY, "SEED=1000", f'SEEDS="{seeds}"', f'ABLATION_STEPS="{steps}"', f'OUTPUT_DIR="{self.out}"', *assignments]
@@ -65,9 +66,8 @@ def thousand(built, monkeypatch):
     """The finished study, with the proof that a test has left every cell of it alone, to the byte and the nanosecond."""
     monkeypatch.setenv("KCONFIG_CONFIG", str(built.config))
     built.configure()
-    before = built.cells()
     yield built
-    assert len(before) == CELLS and built.cells() == before
+    assert len(built.proof) == CELLS and built.cells() == built.proof
     assert not (built.out / "archive").exists()
 
 
@@ -98,14 +98,13 @@ def test_an_override_gets_its_own_folder_and_leaves_no_trace(thousand, monkeypat
 
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_a_clock_that_steps_reruns_nothing(built, monkeypatch, hours):
-    """Before the proof of `thousand` begins, because this changes time stamps."""
     monkeypatch.setenv("KCONFIG_CONFIG", str(built.config))
     built.configure()
     when = time.time() + 3600 * hours
     for path in [p for folder in built.out.glob("test_*") for p in folder.iterdir()]:
         os.utime(path, (when, when))
-    before = built.cells()
-    assert written()[1] == [] and built.cells() == before
+    built.proof = built.cells()
+    assert written()[1] == [] and built.cells() == built.proof
 
 
 def test_what_changes_no_number_reruns_nothing(thousand, monkeypatch):
@@ -363,8 +362,8 @@ def test_removing_an_override_in_a_folder_given_by_hand_is_refused(study, monkey
     assert Plan(Options(out=str(out))).rows()[0][1].state == "done"
     monkeypatch.delenv("GPT2_MAX_TIME")
     what, todo = refusal(Plan, Options(out=str(out)))
-    assert what == (f"{out}/test_V0_adamwspam_none holds another result (its result is of another configuration: GPT2_MAX_ITERS 0 "
-                    "-> 250; GPT2_MAX_TIME 60 -> 0).")
+    assert what == (f"{out}/test_V0_adamwspam_none holds another result (its result is of another configuration: "
+                    "GPT2_MAX_ITERS 0 -> 250; GPT2_MAX_TIME 60 -> 0).")
     assert todo == "another OUT=, or none: an override then gets its own folder." and snapshot(out) == before
 
 
@@ -446,11 +445,13 @@ def test_reasons_are_given_when_asked_for(family):
      "give GPT2_MAX_TIME a value within it."),
     ({"GPT2_MAX_TIME": "a\nb\rc"}, "environment GPT2_MAX_TIME: GPT2_MAX_TIME=a b c is not a whole number.",
      "give GPT2_MAX_TIME a whole number."),
-    ({"GPT2_MAX_ITERS": "1000000001"}, "environment GPT2_MAX_ITERS: GPT2_MAX_ITERS=1000000001 is outside its range 0..1000000000.",
+    ({"GPT2_MAX_ITERS": "1000000001"},
+     "environment GPT2_MAX_ITERS: GPT2_MAX_ITERS=1000000001 is outside its range 0..1000000000.",
      "give GPT2_MAX_ITERS a value within it."),
     ({"GPT2_MAX_TIME": "5", "GPT2_MAX_TOKENS": "5"}, "exactly one of seconds, iterations and tokens must be the budget, but "
      "GPT2_MAX_TIME=5, GPT2_MAX_ITERS=250, GPT2_MAX_TOKENS=5.", "give one of them, e.g. GPT2_MAX_TIME=7200 make."),
-    ({"KABLATE_TIME": "1h"}, "command line TIME: GPT2_MAX_TIME=1h is not a whole number.", "give GPT2_MAX_TIME a whole number."),
+    ({"KABLATE_TIME": "1h"}, "command line TIME: GPT2_MAX_TIME=1h is not a whole number.",
+     "give GPT2_MAX_TIME a whole number."),
     ({"KABLATE_SEEDS": "1 1"}, "SEEDS='1 1' names a seed twice.", "name every seed once."),
     ({"KABLATE_SEEDS": "three"}, "SEEDS='three' is neither a count nor a list of seeds.",
      "give a count like SEEDS=3 or a list like SEEDS='1337 1338 1339'."),

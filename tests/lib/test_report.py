@@ -20,8 +20,8 @@ SIZES = ["256.0 k", "12.8 k", "453,632", "300 MiB"]
 def study(dotconfig, tmp_path):
     """study("V0 V1", "SEEDS=...", V1=[3.1, None, "failed"]): a study whose cells ended so, seed by seed; its plan."""
     def build(steps="V0 V1", *assignments, seeds="1 2 3", **losses):
-        dotconfig(*TINY, "SEED=1", f'ABLATION_STEPS="{steps}"', f'SEEDS="{seeds}"', f'OUTPUT_DIR="{tmp_path}/out"', 'STUDY="mine"',
-                  *assignments)
+        dotconfig(*TINY, "SEED=1", f'ABLATION_STEPS="{steps}"', f'SEEDS="{seeds}"', f'OUTPUT_DIR="{tmp_path}/out"',
+                  'STUDY="mine"', *assignments)
         for cell in expand(Study()):
             wanted = losses.get(cell.step) or losses.get(f"{cell.step}_{cell.optimizer}")
             end = wanted[cell.seed - 1] if wanted else None
@@ -172,13 +172,15 @@ def test_a_table_is_aligned_markdown():
     assert table(["only"], []) == "| only |\n|------|\n"
 
 
-@pytest.mark.parametrize("seconds, text", [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (3599.6, "1 h 00 min"),
-                                           (7500, "2 h 05 min"), (360000, "100 h 00 min")])
+@pytest.mark.parametrize("seconds, text", [
+    (0, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (3599.6, "1 h 00 min"), (7500, "2 h 05 min"),
+    (360000, "100 h 00 min")])
 def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize("number, text", [(512, "512"), (33_100, "33.1 k"), (124.5e6, "124.5 M"), (2e9, "2.0 G"), (0, "0"), (0.25, "0.25")])
+@pytest.mark.parametrize("number, text", [
+    (512, "512"), (33_100, "33.1 k"), (124.5e6, "124.5 M"), (2e9, "2.0 G"), (0, "0"), (0.25, "0.25")])
 def test_counts(number, text):
     assert count(number) == text
 

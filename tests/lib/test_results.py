@@ -38,14 +38,15 @@ def test_a_finished_record_reads_back(tmp_path):
 
 
 def test_nan_and_infinity_become_null_also_deep_inside(tmp_path):
-    record = written(tmp_path, "diverged", "loss nan", val_loss=math.nan, best_val_loss=math.inf, train_loss=-math.inf, tokens=5,
-                     data={"name": "x", "unigram_entropy": math.nan}, sizes={"a": [1, math.inf], "b": (2.5, None)})
+    record = written(tmp_path, "diverged", "loss nan", val_loss=math.nan, best_val_loss=math.inf, train_loss=-math.inf,
+                     tokens=5, data={"name": "x", "unigram_entropy": math.nan}, sizes={"a": [1, math.inf], "b": (2.5, None)})
     assert [record[k] for k in ("val_loss", "best_val_loss", "train_loss", "tokens")] == [None, None, None, 5]
     assert record["data"] == {"name": "x", "unigram_entropy": None} and record["sizes"] == {"a": [1, None], "b": [2.5, None]}
 
 
 @pytest.mark.parametrize("state, measured, message", [
-    ("done", {"val_los": 1.0}, r"metrics.json has no key \['val_los'\]"), ("finished", {}, "metrics.json has no state finished"),
+    ("done", {"val_los": 1.0}, r"metrics.json has no key \['val_los'\]"),
+    ("finished", {}, "metrics.json has no state finished"),
 ])
 def test_a_wrong_key_or_state_is_a_defect_of_the_program(tmp_path, state, measured, message):
     with pytest.raises(ValueError, match=message):
@@ -63,12 +64,13 @@ GOOD = json.dumps(dict.fromkeys(results.KEYS) | {"format": 1, "state": "done", "
 
 @pytest.mark.parametrize("text, reason", [
     ("", "Expecting value"), (GOOD[:-9], ""), (GOOD.replace("3.5", "NaN"), "NaN is no number of JSON"),
-    (GOOD.replace("3.5", "-Infinity"), "-Infinity is no number of JSON"), (GOOD.replace("3.5", "1e999"), "1e999 is no number of JSON"),
-    ("[" * 100_000, ""), ("\udcff", ""),
+    (GOOD.replace("3.5", "-Infinity"), "-Infinity is no number of JSON"),
+    (GOOD.replace("3.5", "1e999"), "1e999 is no number of JSON"), ("[" * 100_000, ""), ("\udcff", ""),
     *[(text, "it is not of format 1") for text in (
         "[]", "null", "3", "{}", '"done"', GOOD.replace('"format": 1', '"format": 2'), GOOD.replace('"done"', '"running"'),
         GOOD.replace('"done"', "null"), GOOD.replace("3.5", "null"), GOOD.replace("3.5", '"3.5"'),
-        GOOD.replace('"identity": {', '"identity": [], "x": {'), GOOD.replace('"set": {}, ', ""), GOOD.replace('"default": {}', '"default": []'))],
+        GOOD.replace('"identity": {', '"identity": [], "x": {'), GOOD.replace('"set": {}, ', ""),
+        GOOD.replace('"default": {}', '"default": []'))],
 ])
 def test_anything_else_is_unreadable_with_a_reason(tmp_path, text, reason):
     (tmp_path / "metrics.json").write_bytes(text.encode("utf-8", "surrogateescape"))

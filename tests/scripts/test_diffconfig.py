@@ -19,8 +19,9 @@ def test_two_studies():
 
 def test_symbols_only_on_one_side_and_what_follows_from_a_choice():
     lines = diff("gpt2-ra-ablation", "gpt2-ra-ablation+tiny").splitlines()
-    assert {"-MODEL_GPT2 y", "+MODEL_TINY y", " GPT2_N_LAYER 12 -> 2", " GPT2_MAX_TIME 7200 -> 0", " LEARNING_RATE 0.0006 -> 0.003",
-            "-GPT2_COMPILE y", "+DEVICE_CPU y", " DATASET finewebedu -> pystdlib"} <= set(lines)
+    assert {"-MODEL_GPT2 y", "+MODEL_TINY y", " GPT2_N_LAYER 12 -> 2", " GPT2_MAX_TIME 7200 -> 0",
+            " LEARNING_RATE 0.0006 -> 0.003", "-GPT2_COMPILE y", "+DEVICE_CPU y",
+            " DATASET finewebedu -> pystdlib"} <= set(lines)
     assert [line[1:] for line in lines] == sorted((line[1:] for line in lines), key=lambda line: line.split()[0])
 
 
@@ -35,7 +36,8 @@ def test_the_default_is_the_study_of_dotconfig_and_dotconfig(dotconfig):
 
 @pytest.mark.parametrize("arguments, lines, what, todo", [
     ([], None, "there is no .config to compare.", "make diffconfig A=study B=study."),
-    (["gpt2-ra-ablation", "gpt2-ra-ablatoin"], [], "there is no defconfig 'gpt2-ra-ablatoin'.", "did you mean gpt2-ra-ablation?"),
+    (["gpt2-ra-ablation", "gpt2-ra-ablatoin"], [], "there is no defconfig 'gpt2-ra-ablatoin'.",
+     "did you mean gpt2-ra-ablation?"),
     (["./none", "gpt2-ra-ablation"], [], "there is no configuration none.", "make defconfig-NAME (see make list-defconfigs)."),
     ([], ["BATCH_SIZE=x"], "{path}:1: BATCH_SIZE=x is not a whole number.", "give BATCH_SIZE a whole number."),
     ([], ['STUDY="my-own"'], "there is no defconfig 'my-own'.", "make list-defconfigs."),

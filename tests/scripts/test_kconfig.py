@@ -77,13 +77,17 @@ def test_the_round_trip_of_a_study_changes_no_byte(tree, dotconfig, name):
 def test_changes_land_in_the_study_among_its_comments(tmp_path, dotconfig):
     tree, path = copy_tree(tmp_path / "tree"), dotconfig()
     study = tree / "defconfigs/mine"
-    study.write_text('# Mine.\nCONFIG_ABLATION_STEPS="V0 V1 V2"\n\n# Why so small.\nCONFIG_BATCH_SIZE=3\nCONFIG_GPT2_MAX_ITERS=9\n'
-                     "# CONFIG_GPT2_COMPILE is not set\n# CONFIG_GPT2_MAX_TIME=7\nCONFIG_LEARNING_RATE=\"6e-4\"\n")
+    study.write_text('# Mine.\nCONFIG_ABLATION_STEPS="V0 V1 V2"\n\n# Why so small.\nCONFIG_BATCH_SIZE=3\n'
+                     "CONFIG_GPT2_MAX_ITERS=9\n# CONFIG_GPT2_COMPILE is not set\n# CONFIG_GPT2_MAX_TIME=7\n"
+                     'CONFIG_LEARNING_RATE="6e-4"\n')
     ok("defconfig", "mine", tree=tree)
     text = path.read_text()
-    for old, new in [("CONFIG_BATCH_SIZE=3", "CONFIG_BATCH_SIZE=4"), ("# CONFIG_GPT2_COMPILE is not set", "CONFIG_GPT2_COMPILE=y"),
-                     ('CONFIG_OUTPUT_DIR=""', 'CONFIG_OUTPUT_DIR="a \\"b\\" \\\\"'), ("CONFIG_GPT2_BIAS=y", "# CONFIG_GPT2_BIAS is not set"),
-                     ("CONFIG_GPT2_MAX_ITERS=9", "CONFIG_GPT2_MAX_ITERS=0"), ("CONFIG_GPT2_MAX_TIME=0", "CONFIG_GPT2_MAX_TIME=60"),
+    for old, new in [("CONFIG_BATCH_SIZE=3", "CONFIG_BATCH_SIZE=4"),
+                     ("# CONFIG_GPT2_COMPILE is not set", "CONFIG_GPT2_COMPILE=y"),
+                     ('CONFIG_OUTPUT_DIR=""', 'CONFIG_OUTPUT_DIR="a \\"b\\" \\\\"'),
+                     ("CONFIG_GPT2_BIAS=y", "# CONFIG_GPT2_BIAS is not set"),
+                     ("CONFIG_GPT2_MAX_ITERS=9", "CONFIG_GPT2_MAX_ITERS=0"),
+                     ("CONFIG_GPT2_MAX_TIME=0", "CONFIG_GPT2_MAX_TIME=60"),
                      ('CONFIG_LEARNING_RATE="6e-4"', 'CONFIG_LEARNING_RATE="0.0006"')]:
         assert text.count(old) == 1
         text = text.replace(old, new)
@@ -155,7 +159,8 @@ def test_listnewconfig_lists_what_dotconfig_does_not_say(dotconfig):
 
 def test_oldconfig_asks_for_what_is_new_and_nothing_else(dotconfig):
     path = dotconfig()
-    path.write_text(Study("gpt2-ra-ablation").text().replace("CONFIG_BATCH_SIZE=8\n", "").replace('CONFIG_GPT2_DROPOUT="0.1"\n', ""))
+    text = Study("gpt2-ra-ablation").text()
+    path.write_text(text.replace("CONFIG_BATCH_SIZE=8\n", "").replace('CONFIG_GPT2_DROPOUT="0.1"\n', ""))
     done = kconfig("oldconfig", text="0.25\n\n")
     assert done.returncode == 0 and done.stderr == "" and "Dropout probability" in done.stdout and "Layers" not in done.stdout
     assert Study().config.GPT2_DROPOUT == 0.25 and Study().config.BATCH_SIZE == 8
