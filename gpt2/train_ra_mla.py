@@ -24,8 +24,6 @@ from lib.config import Resolved, Study, environment_overrides, parse_step  # noq
 from lib.errors import UserError, reported  # noqa: E402
 from lib.kconfig import Assignment  # noqa: E402
 
-EXIT_INTERRUPTED = 75
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,7 +109,7 @@ def run_cell(folder: Path) -> int:
     try:
         loop.train(cfg, model, optimizer, corpus, folder, open_log, device, progress, stop)
     except loop.Interrupted:
-        return EXIT_INTERRUPTED
+        return process.EXIT_INTERRUPTED
     except loop.Diverged as error:
         state, reason = "diverged", str(error)
     loop_seconds = time.monotonic() - entered

@@ -23,7 +23,6 @@ from lib.config import Config, Resolved
 from lib.kconfig import ROOT, shown
 from lib.tables import count, duration
 
-EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: the cell stopped on request, its checkpoint is on disk
 POLL_SECONDS = 0.2
 PLAIN_LINE_SECONDS = 60.0  # how often a cell reports where there is no terminal to draw on
 
@@ -96,7 +95,7 @@ def _signal_group(child: subprocess.Popen, number: int) -> None:
 
 def _conclude(folder: Path, cell: Cell, title: str, display, code: int, asked: list[int], seconds: float) -> int:
     record = results.read(folder)
-    if record is None and not asked and code not in (0, EXIT_INTERRUPTED) and code >= 0:
+    if record is None and not asked and code not in (0, process.EXIT_INTERRUPTED) and code >= 0:
         record = results.write(folder, cell.provenance(), "failed", failure_reason(folder, code))
     if record is None:
         display.finish(f"{title}: interrupted after {duration(seconds)}; make resumes it")

@@ -10,6 +10,7 @@ import select
 import signal
 
 PR_SET_PDEATHSIG = 1
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: the cell stopped on request, its checkpoint is on disk
 LAUNCHER_VARIABLE, MAKE_VARIABLE = "KABLATE_LAUNCHER_PID", "KABLATE_MAKE_PID"
 
 

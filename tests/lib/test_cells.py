@@ -179,9 +179,9 @@ from lib.config import Study
 print(json.dumps({c.name: [c.parent, c.provenance()["identity"]] for c in expand(Study())}))"""
 
 
-def cells_of(tree, config, steps):
-    """{folder: (parent's folder, identity)} of a study of `steps` in `tree`, or the refusal."""
-    config(*TINY, f'ABLATION_STEPS="{steps}"')
+def cells_of(tree, config, steps, *assignments):
+    """{folder: (parent's folder, identity)} of a study of `steps` in `tree`."""
+    config(*TINY, f'ABLATION_STEPS="{steps}"', *assignments)
     done = subprocess.run([sys.executable, "-c", SHOW], cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return {name: tuple(pair) for name, pair in json.loads(done.stdout).items()}
@@ -212,6 +212,16 @@ def test_a_child_is_another_cell_when_its_parent_is(tree, dotconfig, tmp_path):
     assert "PARENT.RA_NEW" in after[child][1]["default"]
     assert all(identity_changes(before[name][1], after[name][1]) == [] == identity_changes(after[name][1], before[name][1])
                for name in before)
+
+
+def test_the_base_seed_of_a_study_is_no_part_of_a_parent(tree, dotconfig):
+    one = cells_of(tree, dotconfig, "V1 Child")["test_Child_adamwspam_none"]
+    other = cells_of(tree, dotconfig, "V1 Child", "SEED=7", 'SEEDS="1337"')["test_Child_adamwspam_none_s1337"]
+    assert identity_changes(one[1], other[1]) == [] and other[0] == "test_V1_adamwspam_none_s1337"
+
+
+def test_the_dimension_wins_over_the_optimizer_of_a_step(tree, dotconfig):
+    assert list(cells_of(tree, dotconfig, "V0 Other", 'OPTIMIZERS="sinkgd"')) == ["test_V0_sinkgd_none", "test_Other_sinkgd_none"]
 
 
 def test_a_parent_has_its_own_optimizer_in_its_folders_name(tree, dotconfig):
