@@ -221,7 +221,8 @@ def test_the_base_seed_of_a_study_is_no_part_of_a_parent(tree, dotconfig):
 
 
 def test_the_dimension_wins_over_the_optimizer_of_a_step(tree, dotconfig):
-    assert list(cells_of(tree, dotconfig, "V0 Other", 'OPTIMIZERS="sinkgd"')) == ["test_V0_sinkgd_none", "test_Other_sinkgd_none"]
+    found = cells_of(tree, dotconfig, "V0 Other", 'OPTIMIZERS="sinkgd"')
+    assert list(found) == ["test_V0_sinkgd_none", "test_Other_sinkgd_none"]
 
 
 def test_a_parent_has_its_own_optimizer_in_its_folders_name(tree, dotconfig):

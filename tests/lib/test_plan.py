@@ -440,7 +440,7 @@ def test_reasons_are_given_when_asked_for(family):
 
 @pytest.mark.parametrize("variables, what, todo", [
     *[({"GPT2_MAX_TIME": value}, f"environment GPT2_MAX_TIME: GPT2_MAX_TIME={value} is not a whole number.",
-       "give GPT2_MAX_TIME a whole number.") for value in ("abc", "; rm -rf x", "$(touch x)", "60s")],
+       "give GPT2_MAX_TIME a whole number.") for value in ("abc", "; rm -rf x")],
     ({"GPT2_MAX_TIME": "-1"}, "environment GPT2_MAX_TIME: GPT2_MAX_TIME=-1 is outside its range 0..31536000.",
      "give GPT2_MAX_TIME a value within it."),
     ({"GPT2_MAX_TIME": "a\nb\rc"}, "environment GPT2_MAX_TIME: GPT2_MAX_TIME=a b c is not a whole number.",
