@@ -14,7 +14,7 @@ reasons := $(if $(filter 2,$(V)),--reasons)
 
 # PYTHON=... uses that interpreter as it is and installs nothing; otherwise ./.venv is set up first.
 VENV := .venv
-ifeq ($(origin PYTHON),undefined)
+ifneq ($(origin PYTHON),command line)
 PYTHON := $(VENV)/bin/python
 SETUP := $(VENV)/.stamp
 else
@@ -49,13 +49,14 @@ run: $(SETUP) ## plan the configured study, run the cells that are missing, repo
 	$(PYTHON) -m scripts.report
 endif
 
+# make V3 runs V3; make plan V3 and make check V3 only look at it.
 .PHONY: $(STEP_GOALS)
-$(STEP_GOALS): run
+$(STEP_GOALS): $(if $(filter plan check report,$(MAKECMDGOALS)),,run)
 	@:
 
 .PHONY: plan
 plan: $(SETUP) ## list the study's cells, their state, and why each would run
-	$(Q)$(PYTHON) -m scripts.plan
+	$(Q)$(PYTHON) -m scripts.plan $(STEPS)
 
 .PHONY: report
 report: $(SETUP) ## print and write the report of what is on disk
@@ -63,14 +64,13 @@ report: $(SETUP) ## print and write the report of what is on disk
 
 .PHONY: check
 check: $(SETUP) ## prove every architecture of the study on the CPU (STUDY=name, ALL=1 every step, FULL=1 real depth)
-	$(Q)$(PYTHON) -m scripts.check
+	$(Q)$(PYTHON) -m scripts.check $(STEPS)
 
 .PHONY: data
 data: $(SETUP) ## prepare the configured data set, or check the one that is there
 	$(Q)$(PYTHON) -m scripts.data
 
 ##@ Configure
-.PHONY: defconfig-%
 defconfig-%: $(SETUP) ## write .config from a study, with fragments: defconfig-gpt2-ra-ablation+tiny
 	$(Q)$(PYTHON) -m scripts.kconfig defconfig '$*'
 

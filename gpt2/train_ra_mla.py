@@ -17,12 +17,13 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+BEGUN = time.perf_counter()  # before torch is imported: all of a cell's seconds are accounted for
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # run as a script, Python puts gpt2/ there, and modules would be found under two names
 
-from lib.config import Resolved, Study, environment_overrides, parse_step  # noqa: E402
+from lib.config import Resolved, Study, announce, environment_overrides  # noqa: E402
 from lib.errors import UserError, reported  # noqa: E402
-from lib.kconfig import Assignment  # noqa: E402
+from lib.kconfig import BUDGET, Assignment  # noqa: E402
 
 
 def main() -> int:
@@ -39,10 +40,8 @@ def main() -> int:
         return run_cell(args.cell)
     if not args.ra_mla_ablation_step:
         raise UserError("no step was given.", "add --ra-mla-ablation-step V1 (make list-steps shows them all).")
-    overrides = environment_overrides() + parse_step("X@" + ",".join(args.set))[1] if args.set else environment_overrides()
-    if args.seed is not None:
-        overrides.append(Assignment("SEED", str(args.seed), "--seed"))
-    study = Study(args.defconfig, overrides=overrides)
+    study = Study(args.defconfig, overrides=by_hand_overrides(args.set, args.seed))
+    announce(study)
     if args.dry_run:
         from scripts.check import check_steps
 
@@ -53,6 +52,21 @@ def main() -> int:
     return run_by_hand(resolved, args.ra_mla_ablation_step, args.out)
 
 
+def by_hand_overrides(settings: list[str], seed: int | None) -> list[Assignment]:
+    """Budgets of the environment, --set and --seed. A budget that is set by hand replaces the environment's."""
+    layer = []
+    for text in settings:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text} gives no value.", "write --set SYMBOL=value.")
+        layer.append(Assignment(name.removeprefix("CONFIG_"), value, "--set"))
+    if seed is not None:
+        layer.append(Assignment("SEED", str(seed), "--seed"))
+    if any(a.name in BUDGET for a in layer):
+        return layer
+    return environment_overrides() + layer
+
+
 def run_by_hand(resolved: Resolved, step: str, folder: Path) -> int:
     """One cell outside any study's folder, prepared the way make prepares it."""
     from lib.cells import Cell
@@ -61,8 +75,7 @@ def run_by_hand(resolved: Resolved, step: str, folder: Path) -> int:
 
     cell = Cell(step, resolved.config.OPTIMIZER, resolved.config.SEED, folder.name, resolved)
     if (folder / "provenance.json").exists():
-        found = json.loads((folder / "provenance.json").read_text())
-        changes = identity_changes(found["identity"], cell.provenance()["identity"])
+        changes = identity_changes(read_provenance(folder)["identity"], cell.provenance()["identity"])
         if changes or (folder / "metrics.json").exists():
             raise UserError(f"{folder} already holds {'another cell: ' + '; '.join(changes) if changes else 'this result'}.",
                             "give another folder with --out.")
@@ -78,17 +91,17 @@ def run_cell(folder: Path) -> int:
     from lib import process
 
     process.die_with_launcher()
-    try:
-        provenance = json.loads((folder / "provenance.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/provenance.json cannot be read: {error}.", "run the cell through make.") from None
+    provenance = read_provenance(folder)
     cfg = Study(config=folder / ".config").config
-    begun, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    started = datetime.now(UTC).isoformat(timespec="seconds")
 
     # Imported here, so that bad input and --help do not wait for torch.
+    import torch
+
     from gpt2.model import GPT
     from lib import checkpoint, loop, optimizers, results, runtime, tracking
     from lib.data import open_corpus
+    from lib.schedule import Budget, tokens_per_iteration
 
     stop = loop.StopRequest()
     corpus = open_corpus(cfg)
@@ -100,33 +113,35 @@ def run_cell(folder: Path) -> int:
     optimizer = optimizers.build(model, cfg)
 
     def open_log(keep):
-        tracker = tracking.open_tracker(cfg, folder, provenance["study"], provenance["step"], folder.name)
+        tracker = tracking.open_tracker(cfg, folder, provenance)
         return tracking.MetricsLog(folder, keep, tracker)
 
     state, reason = "done", None
     progress = loop.Progress()
-    entered = time.monotonic()
+    clock = loop.Clock(progress, device, BEGUN)
     try:
-        loop.train(cfg, model, optimizer, corpus, folder, open_log, device, progress, stop)
+        loop.train(cfg, model, optimizer, corpus, folder, provenance["identity"], open_log, clock, progress, stop)
     except loop.Interrupted:
         return process.EXIT_INTERRUPTED
     except loop.Diverged as error:
         state, reason = "diverged", str(error)
-    loop_seconds = time.monotonic() - entered
+        progress.val_loss = None  # a value from the middle of the run is no result
     checkpoint.save(folder / "model.pt", model=model.state_dict(), configuration=cfg.as_json(),
                     step=provenance["step"], seed=cfg.SEED, identity=provenance["identity"]["hash"])
-    clocks = progress.clocks
+    clock.switch("other")
+    clocks, tokens = progress.clocks, progress.iteration * tokens_per_iteration(cfg)
     results.write(
         folder, provenance, state, reason,
         val_loss=progress.val_loss, val_perplexity=loop.perplexity(progress.val_loss),
         best_val_loss=progress.best_val_loss, train_loss=progress.train_loss,
-        iterations=progress.iteration, tokens=progress.iteration * loop.tokens_per_iteration(cfg),
-        train_seconds=clocks["train"], tokens_per_second=progress.iteration * loop.tokens_per_iteration(cfg) / clocks["train"],
-        budget_progress=loop.Budget.from_config(cfg).progress(progress.iteration, clocks["train"]),
+        iterations=progress.iteration, tokens=tokens,
+        train_seconds=clocks["train"], tokens_per_second=tokens / clocks["train"] if clocks["train"] else None,
+        budget_progress=Budget.from_config(cfg).progress(progress.iteration, clocks["train"]),
         compile_seconds=clocks["compile"], eval_seconds=clocks["eval"], checkpoint_seconds=clocks["checkpoint"],
-        setup_seconds=time.monotonic() - begun - loop_seconds, resumed=progress.resumed,
+        other_seconds=clocks["other"], resumed=progress.resumed,
         parameters=sum(p.numel() for p in model.parameters()), sizes=model.sizes(),
-        kv_cache_bytes=model.new_cache(1).nbytes(), peak_memory_bytes=runtime.peak_memory_bytes(device),
+        kv_cache_bytes=model.new_cache(1, dtype=getattr(torch, runtime.precision(cfg, device))).nbytes(),
+        peak_memory_bytes=runtime.peak_memory_bytes(device),
         data=corpus.record() | {"eval_hash": progress.eval_hash, "unigram_entropy": progress.unigram_entropy},
         environment=runtime.environment(cfg, device),
         configuration=cfg.as_json(), started=started, finished=datetime.now(UTC).isoformat(timespec="seconds"))
@@ -134,19 +149,31 @@ def run_cell(folder: Path) -> int:
     return 0
 
 
+def read_provenance(folder: Path) -> dict:
+    try:
+        provenance = json.loads((folder / "provenance.json").read_text())
+        return {key: provenance[key] for key in ("study", "step", "optimizer", "seed", "parent", "identity")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/provenance.json cannot be read: {error}.", "run the cell through make.") from None
+
+
 def load_parent(model, folder: Path, provenance: dict, step: str) -> None:
     """Start from the trained model of `step` under the same seed; tensors it does not have keep their own start."""
-    from lib import checkpoint
+    from lib import checkpoint, results
 
     if not provenance["parent"]:
         raise UserError(f"the cell starts from the model of {step}, but has no parent cell.", "run it through make.")
     path = folder.parent / provenance["parent"] / "model.pt"
-    if not (path.parent / "metrics.json").exists() or not path.exists():
+    record = results.read(path.parent)
+    if not record or record["state"] != "done" or not path.exists():
         raise UserError(f"parent {step} has left no trained model in {path.parent}.", "make RETRY=1 once it has one.")
-    unexpected = model.load_state_dict(checkpoint.load(path)["model"], strict=False).unexpected_keys
+    try:
+        unexpected = model.load_state_dict(checkpoint.load(path)["model"], strict=False).unexpected_keys
+    except RuntimeError as error:  # a tensor of another shape
+        unexpected = [str(error).splitlines()[-1].strip()]
     if unexpected:
-        raise UserError(f"{path} holds {unexpected[0]}, which this step's model does not have.",
-                        "start from a step whose mechanisms this one keeps.")
+        raise UserError(f"the model of {step} does not fit this step's: {unexpected[0]}.",
+                        "start from a step whose mechanisms and sizes this one keeps.")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from lib.errors import UserError
 MAX_COUNTED_SEEDS = 100
 SEED_LIMIT = 2 ** 31  # SEED in Kconfig ends below it
 LONGEST_NAME = 240  # file systems end at 255, and the archive adds a number
-FOLDER = re.compile(r"[A-Za-z0-9_.+-]+")
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def inspect(out: Path, cell: Cell) -> Status:
         if is_locked(folder):
             return Status("running", "another make runs it")
         if not (folder / "checkpoint.pt").exists():
-            return Status("planned", "was started, but left no checkpoint")
+            return Status("interrupted", "its process was killed before its first checkpoint, so it starts anew")
         try:
             found = json.loads((folder / "provenance.json").read_text())["identity"]
             changes = identity_changes(found, cell.resolved.with_seed(cell.seed).identity)
@@ -171,7 +170,10 @@ def inspect(out: Path, cell: Cell) -> Status:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a live process holds the cell. The lock is released by the kernel when its owner dies."""
+    """Whether a live process holds the cell. The lock is released by the kernel when its owner dies.
+
+    Taking it for an instant does no harm: a launcher waits longer than that for it.
+    """
     if not (folder / ".lock").exists():
         return False
     from filelock import FileLock, Timeout
@@ -181,3 +183,5 @@ def is_locked(folder: Path) -> bool:
             return False
     except Timeout:
         return True
+    except PermissionError:  # another user's cell, or a folder that is only read
+        return False

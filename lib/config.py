@@ -16,11 +16,13 @@ import json
 import os
 import pkgutil
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib.errors import UserError
-from lib.kconfig import BUDGET, ROOT, Assignment, Schema, canonical, read_layer, shown
+from lib.kconfig import BUDGET, Assignment, Schema, canonical, read_layer
+from lib.paths import ROOT, shown
 from lib.steps import step_path
 
 DEFAULT_STUDY = "gpt2-ra-ablation+tiny"
@@ -194,6 +196,12 @@ class Study:
             raise UserError(f"exactly one of seconds, iterations and tokens must be the budget, but {given}.",
                             "give one of them, e.g. GPT2_MAX_TIME=7200 make.")
         pkgutil.resolve_name(config.RULES)(config)
+
+
+def announce(study: Study) -> None:
+    """Say so when there is no .config and the default study is used."""
+    if study.is_fallback:
+        print(f"no .config: using the study {DEFAULT_STUDY} (make list-defconfigs shows the others)", file=sys.stderr)
 
 
 def load(defconfig: str | None = None, step: str | None = None, overrides: dict | None = None,

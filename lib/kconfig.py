@@ -18,8 +18,8 @@ from pathlib import Path
 import kconfiglib
 
 from lib.errors import UserError
+from lib.paths import ROOT, shown
 
-ROOT = Path(__file__).resolve().parent.parent
 BOOKKEEPING = "Bookkeeping (changes no number)"  # the menu outside a cell's identity
 BUDGET = ("GPT2_MAX_TIME", "GPT2_MAX_ITERS", "GPT2_MAX_TOKENS")
 
@@ -38,12 +38,6 @@ class Assignment:
     name: str
     value: str
     where: str
-
-
-def shown(path: Path) -> str:
-    """The path as a person would type it from the project's root."""
-    path = Path(path).absolute()
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def read_layer(path: Path) -> list[Assignment]:

@@ -1,8 +1,8 @@
 """The launcher: runs one cell as a subprocess and brings its state to disk, whatever happens to it.
 
-Contract: returns 0 once the cell's state is on disk (done, diverged, failed, or a checkpoint after its process was
+Contract: returns 0 once the cell's state is on disk (done, diverged, failed, or interrupted because its process was
 killed), so that make goes on with the other cells; returns 128 + signal when the launcher itself was asked to stop. Only
-one launcher runs a cell at a time. The cell gets SIGTERM first; a second signal kills it.
+one launcher runs a cell at a time. The cell gets SIGTERM first; a second signal, seconds later, kills it.
 """
 
 import json
@@ -20,10 +20,13 @@ from filelock import FileLock, Timeout
 from lib import atomic, process, results
 from lib.cells import Cell
 from lib.config import Config, Resolved
-from lib.kconfig import ROOT, shown
+from lib.paths import ROOT, shown
 from lib.tables import count, duration
 
 POLL_SECONDS = 0.2
+LOCK_SECONDS = 2.0  # a plan that looks whether a cell runs holds its lock for an instant
+REPEAT_SECONDS = 2.0  # one stop can arrive twice (make and its group are both signalled): only a later one is a second
+CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}  # would happen again
 PLAIN_LINE_SECONDS = 60.0  # how often a cell reports where there is no terminal to draw on
 
 
@@ -48,10 +51,12 @@ def run(folder: Path, plan: Path, seed: int, position: str, parent: str | None) 
     title = f"{position:>7}  {cell.step} seed {seed}"
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            if (folder / results.NAME).exists():
-                print(f"{title}: another make has finished it meanwhile")
-                return 0
+        with FileLock(folder / ".lock", timeout=LOCK_SECONDS):
+            if record := results.read(folder):
+                if record["state"] != "failed":
+                    print(f"{title}: another make has finished it meanwhile")
+                    return 0
+                (folder / results.NAME).unlink()  # the plan lists a failed cell only when it is to run again
             for orphan in folder.glob(".*.tmp"):  # left by a process that died while writing
                 orphan.unlink()
             prepare(folder, cell)
@@ -62,63 +67,76 @@ def run(folder: Path, plan: Path, seed: int, position: str, parent: str | None) 
 
 
 def _run_locked(folder: Path, cell: Cell, title: str, position: str) -> int:
-    asked: list[int] = []
+    asked: list[tuple[int, float]] = []
+
+    def ask(number, _=None):
+        if not asked or time.monotonic() - asked[-1][1] > REPEAT_SECONDS:
+            asked.append((number, time.monotonic()))
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: asked.append(received))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a job in the background
+            signal.signal(number, ask)
     makes = [os.getppid()] + ([int(os.environ[process.MAKE_VARIABLE])] if os.environ.get(process.MAKE_VARIABLE) else [])
     watch = process.Watch(*makes)
     display = Display(folder, title, position)
     begun = time.monotonic()
     with open(folder / "training.log", "a") as log:
+        log_start = log.tell()
         child = subprocess.Popen([sys.executable, str(ROOT / cell.resolved.config.TRAINER), "--cell", str(folder)], stdout=log,
                                  stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
                                  env={**os.environ, process.LAUNCHER_VARIABLE: str(os.getpid())})
         forwarded = 0
         while child.poll() is None:
             if watch.ended() and not asked:
-                asked.append(signal.SIGTERM)
+                ask(signal.SIGTERM)
             if forwarded < len(asked):
-                _signal_group(child, signal.SIGKILL if forwarded else signal.SIGTERM)
+                # The first goes to the cell alone: its group holds helpers (compile workers) that it still needs to stop.
+                _signal(child, signal.SIGKILL, group=True) if forwarded else _signal(child, signal.SIGTERM)
                 forwarded = len(asked)
             display.update()
             time.sleep(POLL_SECONDS)
-    _signal_group(child, signal.SIGKILL)  # helpers of the cell, if it left any
-    return _conclude(folder, cell, title, display, child.returncode, asked, time.monotonic() - begun)
+    _signal(child, signal.SIGKILL, group=True)  # helpers of the cell, if it left any
+    conclude(folder, cell, title, display, child.returncode, log_start, time.monotonic() - begun)
+    return 128 + asked[0][0] if asked else 0
 
 
-def _signal_group(child: subprocess.Popen, number: int) -> None:
+def _signal(child: subprocess.Popen, number: int, group: bool = False) -> None:
     try:
-        os.killpg(child.pid, number)
+        (os.killpg if group else os.kill)(child.pid, number)
     except ProcessLookupError:
         pass
 
 
-def _conclude(folder: Path, cell: Cell, title: str, display, code: int, asked: list[int], seconds: float) -> int:
+def conclude(folder: Path, cell: Cell, title: str, display, code: int, log_start: int, seconds: float) -> None:
+    """Say how the cell ended, and write the record of one that failed. `code` is its exit status, -N for signal N."""
     record = results.read(folder)
-    if record is None and not asked and code not in (0, process.EXIT_INTERRUPTED) and code >= 0:
-        record = results.write(folder, cell.provenance(), "failed", failure_reason(folder, code))
+    if record is None and (code not in (0, process.EXIT_INTERRUPTED) and code >= 0 or -code in CRASHES):
+        record = results.write(folder, cell.provenance(), "failed", failure_reason(folder, code, log_start))
+    log = shown(folder / "training.log")
     if record is None:
-        display.finish(f"{title}: interrupted after {duration(seconds)}; make resumes it")
-        if asked:
-            return 128 + asked[0]
-        return 0 if code < 0 else 128 + signal.SIGTERM
-    if record["state"] == "done":
+        again = "resumes it" if (folder / "checkpoint.pt").exists() else "starts it anew"
+        killed = f" by signal {-code}" if code < 0 else ""
+        display.finish(f"{title}: interrupted{killed} after {duration(seconds)}; make {again}")
+    elif record["state"] == "done":
         display.finish(f"{title}: val loss {record['val_loss']:.4f}  {count(record['tokens'])} tokens  "
                        f"{count(record['tokens_per_second'])} tokens/s  {duration(record['train_seconds'])} of training, "
                        f"{duration(seconds)} in all")
     else:
-        display.finish(f"{title}: {record['state']}: {record['reason']} (see {shown(folder / 'training.log')})")
-    return 128 + asked[0] if asked else 0
+        display.finish(f"{title}: {record['state']}: {record['reason']} (see {log})")
 
 
-def failure_reason(folder: Path, code: int) -> str:
-    """One line on why a cell's process ended with `code`: its own error sentence, or the end of its traceback."""
-    lines = [line for line in (folder / "training.log").read_text(errors="replace").splitlines() if line.strip()]
+def failure_reason(folder: Path, code: int, log_start: int = 0) -> str:
+    """One line on why a cell's process ended with `code`: its own error sentence, or the end of its traceback.
+
+    Only what this process wrote counts, from byte `log_start` of the log on.
+    """
+    written = (folder / "training.log").read_bytes()[log_start:].decode(errors="replace")
+    lines = [line for line in written.splitlines() if line.strip()]
     for line in reversed(lines[-50:]):
         if line.startswith("error: "):
             return line.removeprefix("error: ")
     last = lines[-1].strip() if lines else "it printed nothing"
-    return f"exit status {code}: {last[:300]}"
+    return (f"killed by signal {-code}: " if code < 0 else f"exit status {code}: ") + last[:300]
 
 
 class Display:

@@ -1,6 +1,7 @@
 """The training loop: one cell from its start (or checkpoint) to the end of its budget.
 
-Contract: the budget counts seconds of training steps only; compile, evaluation and saving have clocks of their own. Data
+Contract: the budget counts seconds of training steps only; compile, evaluation, saving and the rest (start, logging,
+trackers) have clocks of their own, and every second of the process is on one of them. Data
 and dropout come from streams keyed by (seed, purpose, iteration), so the position in every stream is the iteration
 number, and a resumed run continues bit for bit. The loop knows no mechanism: a module that has `stats()` is logged,
 `gate_parameters` get their optimizer group, and that is all.
@@ -8,6 +9,7 @@ number, and a resumed run continues bit for bit. The loop knows no mechanism: a 
 
 import copy
 import math
+import os
 import signal
 import time
 from dataclasses import dataclass, field
@@ -15,8 +17,10 @@ from pathlib import Path
 
 import torch
 
-from lib import checkpoint, runtime
+from lib import checkpoint, process, runtime
+from lib.config import identity_changes
 from lib.data import EvalSet, train_batch, unigram_entropy
+from lib.errors import UserError
 from lib.schedule import Budget, learning_rate, tokens_per_iteration
 from lib.streams import stream_seed
 
@@ -45,20 +49,22 @@ class Progress:
     loss_count: int = 0
     eval_hash: str | None = None
     unigram_entropy: float | None = None
-    clocks: dict = field(default_factory=lambda: dict.fromkeys(("train", "compile", "eval", "checkpoint"), 0.0))
+    clocks: dict = field(default_factory=lambda: dict.fromkeys(("train", "compile", "eval", "checkpoint", "other"), 0.0))
 
 
 class Clock:
-    """Measures one kind of work at a time into `progress.clocks`, waiting for the device at every switch."""
+    """Measures one kind of work at a time into `progress.clocks`, waiting for the device at every switch.
 
-    def __init__(self, progress: Progress, device):
-        self.clocks, self.device, self.kind, self.since = progress.clocks, device, None, 0.0
+    It starts with "other", from `begun` (a time.perf_counter()) on.
+    """
 
-    def switch(self, kind: str | None) -> None:
+    def __init__(self, progress: Progress, device, begun: float):
+        self.clocks, self.device, self.kind, self.since = progress.clocks, device, "other", begun
+
+    def switch(self, kind: str) -> None:
         runtime.synchronize(self.device)
         now = time.perf_counter()
-        if self.kind:
-            self.clocks[self.kind] += now - self.since
+        self.clocks[self.kind] += now - self.since
         self.kind, self.since = kind, now
 
     def read(self, kind: str) -> float:
@@ -67,32 +73,42 @@ class Clock:
 
 
 class StopRequest:
-    """SIGINT and SIGTERM ask the loop to stop after the current step."""
+    """SIGINT and SIGTERM ask the loop to stop after the current step; before it has begun they end the process.
+
+    Until the first step nothing is lost by leaving at once, and a compiler that is waiting for its helpers would not
+    come back soon.
+    """
 
     def __init__(self):
-        self.asked = False
+        self.asked, self.training = False, False
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._ask)
 
     def _ask(self, *_):
+        if not self.training:
+            os._exit(process.EXIT_INTERRUPTED)
         self.asked = True
 
 
-def train(cfg, model, optimizer, corpus, folder: Path, open_log, device, progress: Progress, stop) -> None:
+def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log, clock: Clock, progress: Progress,
+          stop) -> None:
     """Train `model` in place and account for it in `progress`, which is kept in `folder`/checkpoint.pt and resumed from it.
 
-    `open_log(keep)` gives a MetricsLog with its first `keep` rows; `stop.asked` ends the run after the current step.
-    Raises Interrupted (after saving) and Diverged.
+    `identity` is the cell's (a checkpoint of another one, or of other data, is refused with UserError). `open_log(keep)`
+    gives a MetricsLog with its first `keep` rows; `stop.asked` ends the run after the current step. Raises Interrupted
+    (after saving) and Diverged.
     """
+    device = clock.device
     budget, per_iteration = Budget.from_config(cfg), tokens_per_iteration(cfg)
     eval_set = EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, cfg.BATCH_SIZE, cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
-    clock = Clock(progress, device)
+    data = {"train_hash": corpus.train.fingerprint(), "eval_hash": eval_set.hash}
     if cfg.GPT2_COMPILE or device.type == "cuda":
         clock.switch("compile")
         warm_up(cfg, model, optimizer, eval_set, device)
-        clock.switch(None)
+        clock.switch("other")
     if (folder / "checkpoint.pt").exists():
-        resume(folder, model, optimizer, progress, device)
+        resume(folder, identity, data, model, optimizer, progress, device)
     progress.eval_hash, progress.unigram_entropy = eval_set.hash, unigram_entropy(corpus.train, eval_set)
     log = open_log(progress.rows)
     stats = [module for module in model.modules() if hasattr(module, "stats")]
@@ -101,8 +117,8 @@ def train(cfg, model, optimizer, corpus, folder: Path, open_log, device, progres
         clock.switch("checkpoint")
         progress.rows = log.count
         progress.loss_sum, progress.loss_count = loss_sum.item(), loss_count
-        checkpoint.save(folder / "checkpoint.pt", progress=vars(progress), model=model.state_dict(),
-                        optimizer=optimizer.state_dict())
+        checkpoint.save(folder / "checkpoint.pt", identity=identity, data=data, progress=vars(progress),
+                        model=model.state_dict(), optimizer=optimizer.state_dict())
 
     def evaluate_and_log():
         nonlocal loss_sum, loss_count
@@ -111,6 +127,7 @@ def train(cfg, model, optimizer, corpus, folder: Path, open_log, device, progres
         if loss_count:
             progress.train_loss = loss_sum.item() / loss_count
         loss_sum, loss_count = torch.zeros((), dtype=torch.float64, device=device), 0
+        clock.switch("other")
         best = progress.best_val_loss
         if math.isfinite(progress.val_loss):
             progress.best_val_loss = progress.val_loss if best is None else min(best, progress.val_loss)
@@ -119,12 +136,16 @@ def train(cfg, model, optimizer, corpus, folder: Path, open_log, device, progres
                 train_loss=progress.train_loss, train_perplexity=perplexity(progress.train_loss),
                 val_loss=progress.val_loss, val_perplexity=perplexity(progress.val_loss),
                 best_val_loss=progress.best_val_loss, **gate_statistics(stats))
+        if not math.isfinite(progress.val_loss):
+            log.close()
+            raise Diverged(f"the validation loss is {progress.val_loss} at iteration {progress.iteration}")
 
     loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=device)
     loss_count = progress.loss_count
     row_iteration, row_seconds = progress.iteration, clock.read("train")
     last_saved = time.monotonic()
     model.train()
+    stop.training = True
     clock.switch("train")
 
     while (share := budget.progress(progress.iteration, clock.read("train"))) < 1:
@@ -156,7 +177,7 @@ def train(cfg, model, optimizer, corpus, folder: Path, open_log, device, progres
         progress.iteration += 1
 
         if logging:
-            clock.switch("train")  # waits for the device, so that the row's seconds are real
+            clock.switch("other")  # waits for the device, so that the row's seconds are real
             seconds = clock.read("train") - row_seconds
             iterations = progress.iteration - row_iteration
             row_iteration, row_seconds = progress.iteration, clock.read("train")
@@ -168,6 +189,7 @@ def train(cfg, model, optimizer, corpus, folder: Path, open_log, device, progres
             if not math.isfinite(step_loss.item()):
                 log.close()
                 raise Diverged(f"the training loss is {step_loss.item()} at iteration {progress.iteration}")
+            clock.switch("train")
         if progress.iteration % cfg.GPT2_EVAL_INTERVAL == 0 and budget.progress(progress.iteration, clock.read("train")) < 1:
             evaluate_and_log()
             model.train()
@@ -178,15 +200,18 @@ def train(cfg, model, optimizer, corpus, folder: Path, open_log, device, progres
             clock.switch("train")
 
     evaluate_and_log()
-    clock.switch(None)
     log.close()
-    if not math.isfinite(progress.val_loss):
-        raise Diverged(f"the validation loss is {progress.val_loss} after iteration {progress.iteration}")
 
 
-def resume(folder: Path, model, optimizer, progress: Progress, device) -> None:
+def resume(folder: Path, identity: dict, data: dict, model, optimizer, progress: Progress, device) -> None:
     """Continue from the checkpoint. Clocks add up: what this process spent before (compiling) stays counted."""
     content = checkpoint.load(folder / "checkpoint.pt", device)
+    changes = identity_changes(content["identity"], identity)
+    changes += [f"{name} {content['data'][name][:12]} -> {new[:12]}" for name, new in data.items()
+                if content["data"][name] != new]
+    if changes:
+        raise UserError(f"{folder}/checkpoint.pt is of another run: {'; '.join(changes)}.",
+                        "restore what changed, or move the folder away and run make.")
     for name, value in content["progress"].items():
         if name != "clocks":
             setattr(progress, name, value)

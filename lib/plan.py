@@ -16,7 +16,8 @@ from lib import atomic
 from lib.cells import Cell, Status, baseline, expand, inspect
 from lib.config import Study, environment_overrides, identity_changes
 from lib.errors import UserError
-from lib.kconfig import BUDGET, ROOT, Assignment, shown
+from lib.kconfig import BUDGET, Assignment
+from lib.paths import ROOT, shown
 
 RUNS = ("planned", "interrupted", "stale")
 SAFE_PATH = re.compile(r"[A-Za-z0-9_.+/-]+")
@@ -122,8 +123,6 @@ class Plan:
             for cell in must_run:
                 if self.status[cell.name].state == "stale":
                     archive(self.out, cell.name)
-                elif self.status[cell.name].state == "failed":
-                    (self.out / cell.name / "metrics.json").unlink()
             makefile = self.out / "cells.mk"
             atomic.write_text(makefile, self._makefile(must_run))
         except OSError as error:

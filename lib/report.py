@@ -86,16 +86,33 @@ def notes(plan, by_step, first: str, margin: float) -> list[str]:
     if records:
         one, data = records[0], records[0]["data"]
         environment = one["environment"]
-        spent = {kind: duration(fmean(r[f"{kind}_seconds"] for r in records)) for kind in ("setup", "compile", "eval", "train")}
+        spent = {kind: duration(fmean(r[f"{kind}_seconds"] for r in records)) for kind in ("other", "compile", "eval", "train")}
         found += [f"- data: {data['name']}, {data['tokenizer']} tokens, {count(data['train_tokens'])} for training, evaluation "
                   f"set {data['eval_hash'][:12]}; unigram entropy {data['unigram_entropy']:.3f} nats",
                   f"- machine: {environment['device']}, {environment['precision']}, torch {environment['torch']}, "
                   f"compile {'on' if environment['compile'] else 'off'}, {environment['threads']} threads",
-                  f"- outside the budget, mean of a cell: start {spent['setup']}, compile {spent['compile']}, evaluation "
-                  f"{spent['eval']}; training {spent['train']}"]
+                  f"- outside the budget, mean of a cell: start and logging {spent['other']}, compile {spent['compile']}, "
+                  f"evaluation {spent['eval']}; training {spent['train']}"]
+    found += [f"- {sentence}" for sentence in not_comparable(by_step)]
     for cells in by_step.values():
         found += [f"- {cell.step} seed {cell.seed}: {status.state}: {status.why}" for cell, status in cells
                   if status.state in ("failed", "diverged", "stale", "interrupted")]
+    return found
+
+
+def not_comparable(by_step) -> list[str]:
+    """Finished cells that differ from the first one in something that must be equal for a comparison, a sentence each."""
+    def facts(record):
+        return {**{f"data {k}": record["data"].get(k) for k in ("name", "tokenizer", "train_hash", "eval_hash")},
+                **{k: record["environment"].get(k) for k in ("device", "precision", "compile", "torch", "source_hash")}}
+
+    cells = [(cell, status.record) for group in by_step.values() for cell, status in group if status.state == "done"]
+    found = []
+    for cell, record in cells[1:]:
+        different = [k for k, v in facts(record).items() if v != facts(cells[0][1])[k]]
+        if different:
+            found.append(f"{cell.step} seed {cell.seed} is not comparable with {cells[0][0].step}: different "
+                         f"{', '.join(different)}")
     return found
 
 

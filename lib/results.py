@@ -9,6 +9,8 @@ import math
 from pathlib import Path
 
 from lib import atomic
+from lib.errors import UserError
+from lib.paths import shown
 from lib.tracking import finite
 
 FORMAT = 1
@@ -18,7 +20,7 @@ KEYS = (
     "format", "state", "reason", "study", "step", "optimizer", "seed", "identity",
     "val_loss", "val_perplexity", "best_val_loss", "train_loss",
     "iterations", "tokens", "train_seconds", "tokens_per_second", "budget_progress",
-    "compile_seconds", "eval_seconds", "checkpoint_seconds", "setup_seconds", "resumed",
+    "compile_seconds", "eval_seconds", "checkpoint_seconds", "other_seconds", "resumed",
     "parameters", "sizes", "kv_cache_bytes", "peak_memory_bytes",
     "data", "environment", "configuration", "started", "finished",
 )
@@ -39,12 +41,15 @@ def write(folder: Path, provenance: dict, state: str, reason: str | None = None,
 
 
 def read(folder: Path) -> dict | None:
-    """The record in `folder`, or None if there is none. An unreadable file is a record with state 'unreadable'."""
+    """The record in `folder`, or None if there is none; a damaged one has state 'unreadable'. UserError if the disk fails."""
     try:
         record = json.loads((Path(folder) / NAME).read_bytes(), parse_constant=_finite, parse_float=_finite)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:  # a file system that hiccups says nothing about the record
+        raise UserError(f"{shown(Path(folder) / NAME)} cannot be read: {error.strerror or error}.",
+                        "mend the disk or the permissions, then make again.") from None
+    except (ValueError, RecursionError) as error:
         return dict.fromkeys(KEYS) | {"state": "unreadable", "reason": str(error)}
     if not _well_formed(record):
         return dict.fromkeys(KEYS) | {"state": "unreadable", "reason": f"it is not of format {FORMAT}"}

@@ -9,14 +9,15 @@ from functools import cache
 import torch
 
 from lib.errors import UserError
-from lib.kconfig import ROOT
+from lib.paths import ROOT
 
 
 def setup(cfg) -> torch.device:
     """Set threads and matmul precision as configured and return the device of this cell."""
     if cfg.CPU_THREADS:
         torch.set_num_threads(cfg.CPU_THREADS)
-    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    # TF32 for what autocast leaves in float32; full precision where the configuration says float32.
+    torch.set_float32_matmul_precision("high" if cfg.GPT2_AMP_DTYPE == "bfloat16" else "highest")
     if cfg.DEVICE == "cuda" and not torch.cuda.is_available():
         raise UserError("CONFIG_DEVICE_CUDA is set, but torch sees no GPU.", "choose DEVICE_AUTO in make menuconfig.")
     return torch.device("cuda" if cfg.DEVICE != "cpu" and torch.cuda.is_available() else "cpu")

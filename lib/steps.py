@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 
 from lib.errors import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
+from lib.paths import ROOT
 
 
 def step_files(folder: str = "gpt2/steps") -> dict[str, Path]:

@@ -8,6 +8,7 @@ with one warning, and the run goes on.
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -56,12 +57,15 @@ class MetricsLog:
 class Wandb:
     """Weights & Biases; WANDB_MODE decides between online, offline and disabled (offline by default)."""
 
-    def __init__(self, cfg, folder: Path, study: str, step: str, name: str):
+    def __init__(self, cfg, folder: Path, provenance: dict):
         import wandb
 
-        self.run = wandb.init(project=cfg.TRACKER_PROJECT, group=study, job_type=step, name=name, dir=str(folder),
-                              tags=[f"seed {cfg.SEED}"], config=cfg.as_json(), id=f"{study}-{name}".replace("+", "-"),
-                              resume="allow", mode=os.environ.get("WANDB_MODE", "offline"))
+        study, name = provenance["study"], folder.name
+        stable = f"{study}-{name}-{provenance['identity']['hash']}"  # a cell that is run anew is another run
+        self.run = wandb.init(project=cfg.TRACKER_PROJECT, group=study, job_type=provenance["step"], name=name,
+                              dir=str(folder), tags=[f"seed {cfg.SEED}"], config=cfg.as_json(),
+                              id=re.sub(r"[^A-Za-z0-9_-]", "-", stable), resume="allow",
+                              mode=os.environ.get("WANDB_MODE", "offline"))
 
     def log(self, values: dict) -> None:
         self.run.log({k: v for k, v in values.items() if k != "iteration"}, step=values["iteration"])
@@ -70,12 +74,12 @@ class Wandb:
         self.run.finish()
 
 
-def open_tracker(cfg, folder: Path, study: str, step: str, name: str):
-    """The configured tracker, or None; a tracker that cannot start is a warning."""
+def open_tracker(cfg, folder: Path, provenance: dict):
+    """The configured tracker, or None; a tracker that cannot start is a warning. `provenance` says which cell it is."""
     if cfg.TRACKER == "none":
         return None
     try:
-        return {"wandb": Wandb}[cfg.TRACKER](cfg, folder, study, step, name)
+        return {"wandb": Wandb}[cfg.TRACKER](cfg, folder, provenance)
     except Exception as error:
         print(f"warning: the tracker cannot start and is switched off: {error}", file=sys.stderr)
         return None

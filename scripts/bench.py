@@ -12,7 +12,7 @@ import time
 from statistics import median
 
 from lib.errors import UserError, reported
-from lib.kconfig import ROOT
+from lib.paths import ROOT
 from lib.tables import table
 
 
@@ -34,7 +34,7 @@ def overhead() -> None:
     from lib.plan import Plan
     from scripts.plan import options_from_environment
 
-    kinds = ("train", "setup", "compile", "eval", "checkpoint")
+    kinds = ("train", "other", "compile", "eval", "checkpoint")
     rows, totals = [], []
     plan = Plan(options_from_environment())
     for cell, status, _ in plan.rows():
@@ -45,7 +45,7 @@ def overhead() -> None:
     if not rows:
         raise UserError(f"study {plan.study.name} has no finished cell.", "run it with make first.")
     print(table(["cell", "training, s", *kinds[1:], "outside the budget"], rows, "lrrrrrr"), end="")
-    print(f"median outside the budget: {median(totals):.1f} s; starting Python and importing torch come on top")
+    print(f"median outside the budget: {median(totals):.1f} s (other: start, imports, data, logging)")
 
 
 def main() -> None:

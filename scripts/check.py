@@ -9,8 +9,8 @@ import sys
 import time
 
 from lib.cells import baseline
-from lib.config import DEFAULT_STUDY, Study, parse_step
-from lib.errors import reported
+from lib.config import Study, announce, parse_step
+from lib.errors import UserError, reported
 from lib.steps import step_files, step_header, step_path
 from lib.tables import table_head, table_row
 
@@ -41,6 +41,8 @@ def check_steps(study: Study, steps: list[str], full: bool = False) -> int:
             broken = [f"build: {type(error).__name__}: {error}"]
         if broken:
             failures[step] = broken
+        if reference is None:
+            raise UserError(f"the baseline {first} cannot be built ({broken[0]}).", "mend it before its variants.")
         verdict = broken[0].split(":")[0] if broken else "ok"
         print(table_row([step, *sizes, verdict, f"{time.monotonic() - begun:.1f}"], widths, "lrrrlr"), end="", flush=True)
     for step, broken in failures.items():
@@ -58,8 +60,7 @@ def main() -> int:
     args = parser.parse_args()
     get = os.environ.get
     study = Study(get("STUDY") or None)
-    if study.is_fallback:
-        print(f"no .config: checking the study {DEFAULT_STUDY}", file=sys.stderr)
+    announce(study)
     steps = args.steps or (list(step_files()) if get("ALL", "") not in ("", "0") else study.config.ABLATION_STEPS.split())
     return check_steps(study, steps, get("FULL", "") not in ("", "0"))
 

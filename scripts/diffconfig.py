@@ -10,7 +10,8 @@ from pathlib import Path
 
 from lib.config import Study
 from lib.errors import UserError, reported
-from lib.kconfig import ROOT, Schema
+from lib.kconfig import Schema
+from lib.paths import ROOT
 
 
 def values(source: str, schema: Schema) -> dict[str, str]:

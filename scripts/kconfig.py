@@ -11,7 +11,8 @@ from pathlib import Path
 from lib import atomic
 from lib.config import Study, defconfig_names
 from lib.errors import UserError, reported
-from lib.kconfig import ROOT, SET, UNSET, Schema, read_layer, shown
+from lib.kconfig import SET, UNSET, Schema, read_layer
+from lib.paths import ROOT, shown
 
 
 def config_path() -> Path:

@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 from lib.errors import reported
-from lib.steps import ROOT, step_files, step_header
+from lib.paths import ROOT
+from lib.steps import step_files, step_header
 
 
 def goals() -> None:

@@ -8,9 +8,9 @@ import argparse
 import os
 import sys
 
-from lib.config import DEFAULT_STUDY
+from lib.config import announce
 from lib.errors import reported
-from lib.kconfig import shown
+from lib.paths import shown
 from lib.plan import Options, Plan
 from lib.tables import table
 
@@ -43,8 +43,7 @@ def main() -> None:
     parser.add_argument("--reasons", action="store_true", help="with --write: say for each cell why it runs or not")
     args = parser.parse_args()
     plan = Plan(options_from_environment(args.steps))
-    if plan.study.is_fallback:
-        print(f"no .config: using the study {DEFAULT_STUDY} (make list-defconfigs shows the others)", file=sys.stderr)
+    announce(plan.study)
     rows = [[cell.name, status.state, "run" if runs else "keep", status.why] for cell, status, runs in plan.rows()]
     if not args.write:
         print(table(["cell", "state", "make will", "because"], rows), end="")

@@ -5,7 +5,7 @@ import sys
 
 from lib import atomic
 from lib.errors import UserError, reported
-from lib.kconfig import shown
+from lib.paths import shown
 from lib.plan import Plan
 from lib.report import failures, render
 from scripts.plan import options_from_environment

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.harness import ROOT, copy_tree
+
 STUDY = """CONFIG_MODEL_TINY=y
 CONFIG_DATA_PYSTDLIB=y
 CONFIG_GPT2_BLOCK_SIZE=32
@@ -151,7 +151,7 @@ def test_killed_cells_resume_bit_for_bit(tmp_path):
     wait_for(lambda: (folder / "checkpoint.pt").exists())
     os.kill(killed.cell_pids()[0], signal.SIGKILL)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 2 and "interrupted after" in output and "without a result: V3 seed 1337" in output
+    assert process.returncode == 2 and "interrupted by signal 9 after" in output and "without a result: V3 seed 1337" in output
     assert not (folder / "metrics.json").exists()
     assert "| interrupted | run" in killed.make("plan")[1]
     code, output = killed.make()
@@ -159,6 +159,37 @@ def test_killed_cells_resume_bit_for_bit(tmp_path):
     assert killed.metrics("V3")["resumed"] == 1
     assert equal(killed.weights("V3"), straight.weights("V3"))
     assert killed.metrics("V3")["val_loss"] == straight.metrics("V3")["val_loss"]
+
+
+def test_a_cell_killed_before_its_first_checkpoint_is_not_forgotten(tmp_path):
+    study = Study(tmp_path, ABLATION_STEPS='"V0"')
+    process = study.start()
+    os.kill(wait_for(study.cell_pids)[0], signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 2 and "make starts it anew" in output and "without a result: V0 seed 1337" in output
+    assert study.make()[0] == 0 and study.metrics("V0")["resumed"] == 0
+
+
+def test_stopping_before_the_first_step_ends_at_once(tmp_path):
+    """A process that is still starting (or compiling) has nothing to save and does not wait for a step."""
+    study = Study(tmp_path, ABLATION_STEPS='"V0"', GPT2_MAX_ITERS=1000000)
+    process = study.start()
+    wait_for(study.cell_pids)
+    time.sleep(1.5)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=30)
+    wait_for(lambda: not study.cell_pids(), seconds=10)
+    assert not (study.out / "test_V0_adamwspam_none/metrics.json").exists()
+    assert "| interrupted | run" in study.make("plan")[1]
+
+
+def test_nohup_survives_a_hang_up(tmp_path):
+    study = Study(tmp_path, ABLATION_STEPS='"V0"', GPT2_MAX_ITERS=60)
+    process = subprocess.Popen(["nohup", "make", f"PYTHON={sys.executable}"], cwd=ROOT, env=study.environment(),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    wait_for(lambda: (study.out / "test_V0_adamwspam_none/metrics.jsonl").exists())
+    os.killpg(process.pid, signal.SIGHUP)
+    assert process.wait(timeout=120) == 0 and study.metrics("V0")["state"] == "done"
 
 
 @pytest.mark.parametrize("how", ["ctrl-c", "terminate make", "kill -9 make"])
@@ -257,16 +288,6 @@ def test_a_dependent_cell_starts_from_its_parents_model(tmp_path):
     assert code == 0, output
     assert equal(study.weights("Z1"), study.weights("V0"))
     assert study.metrics("Z1")["identity"]["set"]["PARENT.MODEL_TINY"] == "y"
-
-
-def copy_tree(target: Path) -> Path:
-    """The parts of the project that run a study, to change something in them."""
-    target.mkdir()
-    for name in ("Makefile", "Kconfig"):
-        shutil.copy(ROOT / name, target)
-    for name in ("lib", "gpt2", "scripts", "defconfigs"):
-        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return target
 
 
 def test_the_default_without_a_configuration(tmp_path):

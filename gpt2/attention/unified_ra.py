@@ -156,7 +156,7 @@ class UnifiedRAttention(CausalSelfAttention):
         if exact:
             self.gate_std.fill_(1.0)
             self.gate_rec.fill_(1.0)
-        self.baked, self.used = False, True
+        self._unbake()
         return self
 
     @torch.no_grad()
@@ -177,8 +177,14 @@ class UnifiedRAttention(CausalSelfAttention):
         self.baked = False
         return self.bake()
 
+    def _unbake(self) -> None:
+        """Loaded weights come with gates that act and learn."""
+        self.baked, self.used = False, True
+        self.gate_std.requires_grad_(True)
+        self.gate_rec.requires_grad_(True)
+
     def _load_from_state_dict(self, *args, **kwargs):
-        self.baked, self.used = False, True  # the gates that come with the weights must act
+        self._unbake()
         super()._load_from_state_dict(*args, **kwargs)
 
     @torch.no_grad()
@@ -186,8 +192,8 @@ class UnifiedRAttention(CausalSelfAttention):
         """The baseline attention that computes the same function; None with self-restart, for which none is known."""
         if self.restart_logit is not None:
             return None
-        plain = CausalSelfAttention(self.n_embd, self.n_head, self.dropout, self.c_attn.bias is not None)
         weight, bias = self.projection_weights()
+        plain = CausalSelfAttention(self.n_embd, self.n_head, self.dropout, self.c_attn.bias is not None).to(weight)
         plain.c_attn.weight.copy_(weight)
         if bias is not None:
             plain.c_attn.bias.copy_(bias)

@@ -5,7 +5,8 @@
 
 with w = gate^2 on the columns of the down projection, an optional mixer M [R_ff, R_ff] (start: identity) and an optional
 per-token gate s(x_t) = 2 sigmoid(g . x_t + b) (start: 1). Weights and mixer act on the *weight* of the down projection,
-so activations and step time are the baseline's; the per-token gate is one multiplication by a broadcast factor.
+so without the per-token gate activations and step time are the baseline's. The gate multiplies the hidden features by a
+factor that is 1 for the standard ones: one more pass over them, which a compiler fuses into the GELU.
 
 What is not true of it: without the per-token gate it is GPT-2's MLP with another start, because w and M fold into
 W_down (`collapse` does so, exactly to rounding). Source: reciprocal-architecture-kvsplice-2025-11-11 (there the
@@ -86,7 +87,7 @@ class ReciprocalMLP(MLP):
         """The baseline MLP that computes the same function; None with a per-token gate, for which none is known."""
         if self.token_gate is not None:
             return None
-        plain = MLP(self.c_fc.in_features, self.d_ff, self.dropout.p, self.c_fc.bias is not None)
+        plain = MLP(self.c_fc.in_features, self.d_ff, self.dropout.p, self.c_fc.bias is not None).to(self.c_fc.weight)
         plain.c_fc.load_state_dict(self.c_fc.state_dict())
         plain.c_proj.weight.copy_(self.down_weight())
         if self.c_proj.bias is not None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from lib.errors import UserError
+from lib.paths import ROOT, shown
 
-ROOT = Path(__file__).resolve().parents[2]
 HEADER_BYTES, MAGIC, VERSION = 256 * 4, 20240520, 1
 SPLITS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}}
 
@@ -22,11 +22,6 @@ SPLITS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}}
 def repo_path(text: str) -> Path:
     """A path of the configuration: relative ones count from the repository, so the current folder does not matter."""
     return ROOT / Path(text).expanduser()
-
-
-def shown(path: Path) -> str:
-    """A path as a person typed or would type it: relative to the repository where it lies inside."""
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def open_shard(path: Path) -> np.ndarray:

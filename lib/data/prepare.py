@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.data.files import repo_path, shown
+from lib.data.files import repo_path
 from lib.data.shards import verify_shards, write_corpus
 from lib.errors import UserError
+from lib.paths import shown
 
 END_OF_TEXT = 50256
 # (name on the hub, configuration). All three are parquet there, without a loading script, which datasets no longer

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from lib import atomic
-from lib.data.files import shown
 from lib.errors import UserError
+from lib.paths import shown
 
 SHARD_TOKENS = 100_000_000
 VAL_EVERY, VAL_TOKENS = 20, 10_000_000  # every 20th document validates, until these tokens are reached

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.data.files import open_shard, repo_path, shown, split_files
+from lib.data.files import open_shard, repo_path, split_files
 from lib.data.tokens import Tokens
 from lib.errors import UserError
+from lib.paths import shown
 
 VOCAB_SIZE = {"bytes": 256, "gpt2": 50257}
 PREPARED = ("shakespeare", "tinystories", "finewebedu")

@@ -14,7 +14,6 @@ group["lr"] = scheduled rate * group["lr_mult"] before each step.
 import torch
 from torch import nn
 
-from lib.errors import UserError
 from lib.optimizers.adamw_spam import AdamWSPAM
 from lib.optimizers.sinkgd import SinkGD
 
@@ -87,7 +86,7 @@ def param_groups(model: nn.Module, cfg) -> list[dict]:
 def build(model: nn.Module, cfg) -> torch.optim.Optimizer:
     """The optimizer of `cfg` over all trainable parameters of `model`, which must be on their device already.
 
-    UserError for an unknown OPTIMIZER.
+    ValueError for an unknown OPTIMIZER.
     """
     groups = param_groups(model, cfg)
     common = dict(lr=cfg.LEARNING_RATE, betas=(cfg.ADAM_BETA1, cfg.ADAM_BETA2), eps=ADAM_EPS, weight_decay=0.0)
@@ -105,4 +104,4 @@ def build(model: nn.Module, cfg) -> torch.optim.Optimizer:
         # SINKGD_TAU has no value when the L1 form is off.
         tau = cfg.SINKGD_TAU if cfg.SINKGD_L1 else None
         return SinkGD(groups, iters=cfg.SINKGD_ITERS, l1=bool(cfg.SINKGD_L1), tau=tau, **common)
-    raise UserError(f"There is no optimizer {cfg.OPTIMIZER!r}.", "set OPTIMIZER to adamw, adamwspam or sinkgd.")
+    raise ValueError(f"there is no optimizer {cfg.OPTIMIZER!r}")

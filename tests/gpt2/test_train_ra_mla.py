@@ -41,7 +41,7 @@ def test_dry_run():
     (["--ra-mla-ablation-step", "V99"], "error: there is no step 'V99'."),
     (["--ra-mla-ablation-step", "V1"], "error: no folder to train in was given."),
     (["--ra-mla-ablation-step", "V1", "--set", "RA_R=64", "--out", "x"], "error: RA_R=64 is not below the head width 64."),
-    (["--ra-mla-ablation-step", "V1", "--set", "RA_R", "--out", "x"], "is no override."),
+    (["--ra-mla-ablation-step", "V1", "--set", "RA_R", "--out", "x"], "error: --set RA_R gives no value."),
     (["--ra-mla-ablation-step", "V1", "--out", "/proc/nowhere"], "error: /proc/nowhere cannot be written"),
     (["--cell", "/nowhere"], "provenance.json cannot be read"),
 ])

@@ -1,19 +1,25 @@
 """The loop on real models: resume, streams, budgets, divergence. In process, a few steps each."""
 
+import dataclasses
 import json
 import math
+import time
 
 import pytest
 import torch
 
 from gpt2.model import GPT
 from lib import checkpoint, loop, optimizers, runtime, tracking
+from lib.config import load
 from lib.data import open_corpus
+from lib.errors import UserError
 from tests.gpt2.conftest import V_STEPS
 
 
 class StopAfter:
     """Asks the loop to stop once it has been looked at `steps` times."""
+
+    training = False
 
     def __init__(self, steps):
         self.steps = steps
@@ -25,17 +31,20 @@ class StopAfter:
 
 
 class Never:
-    asked = False
+    asked, training = False, False
 
 
-def run(cfg, folder, stop=Never, model=None):
+IDENTITY = {"hash": "x", "set": {"MODEL_TINY": "y"}, "default": {"RA_R": "4"}}
+
+
+def run(cfg, folder, stop=Never, model=None, corpus=None, identity=None):
     """Train in `folder`; returns (model, progress)."""
     folder.mkdir(exist_ok=True)
-    device = runtime.setup(cfg)
-    model = model or GPT(cfg)
     progress = loop.Progress()
-    loop.train(cfg, model, optimizers.build(model, cfg), open_corpus(cfg), folder,
-               lambda keep: tracking.MetricsLog(folder, keep), device, progress, stop)
+    clock = loop.Clock(progress, runtime.setup(cfg), time.perf_counter())
+    model = model or GPT(cfg)
+    loop.train(cfg, model, optimizers.build(model, cfg), corpus or open_corpus(cfg), folder, identity or IDENTITY,
+               lambda keep: tracking.MetricsLog(folder, keep), clock, progress, stop)
     return model, progress
 
 
@@ -144,16 +153,47 @@ def test_a_time_budget_finishes_its_schedule(configuration, tmp_path):
 
 
 def test_only_training_counts(configuration, tmp_path, monkeypatch):
-    """Slow evaluation and saving do not shorten the training of a time budget."""
-    import time
-
+    """Slow evaluation, logging and trackers do not shorten the training of a time budget."""
     def slow(*args, real=loop.evaluate):
         time.sleep(0.4)
         return real(*args)
 
     monkeypatch.setattr(loop, "evaluate", slow)
+    monkeypatch.setattr(tracking.MetricsLog, "_to_tracker", lambda *_: time.sleep(0.05))
+    begun = time.perf_counter()
     _, progress = run(configuration("V0", GPT2_MAX_TIME=1, GPT2_EVAL_INTERVAL=10), tmp_path)
-    assert progress.clocks["eval"] > 0.4 and 1 <= progress.clocks["train"] < 1.5
+    clocks = progress.clocks
+    assert clocks["eval"] > 0.4 and 1 <= clocks["train"] < 1.5 and clocks["other"] > 0.1
+    assert sum(clocks.values()) == pytest.approx(time.perf_counter() - begun, abs=0.5), "every second is on a clock"
+
+
+def test_a_checkpoint_of_another_cell_or_other_data_is_refused(configuration, tmp_path):
+    cfg = configuration("V0", GPT2_MAX_ITERS=4)
+    with pytest.raises(loop.Interrupted):
+        run(cfg, tmp_path, StopAfter(2))
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    other = {"hash": "y", "set": {"MODEL_TINY": "y", "RA_R": "8"}, "default": {}}
+    with pytest.raises(UserError, match="checkpoint.pt is of another run: RA_R 4 -> 8"):
+        run(cfg, tmp_path, identity=other)
+    corpus = open_corpus(cfg)
+    swapped = dataclasses.replace(corpus, train=corpus.val)
+    with pytest.raises(UserError, match="is of another run: train_hash"):
+        run(cfg, tmp_path, corpus=swapped)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    newer = {"hash": "z", "set": {"MODEL_TINY": "y"}, "default": {"RA_R": "4", "NEW": "n"}}
+    run(cfg, tmp_path, identity=newer)
+
+
+def test_a_validation_loss_that_is_not_finite_ends_as_diverged(configuration, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "evaluate", lambda *_: math.inf)
+    with pytest.raises(loop.Diverged, match="the validation loss is inf at iteration 2"):
+        run(configuration("V0", GPT2_MAX_ITERS=9, GPT2_EVAL_INTERVAL=2), tmp_path)
+
+
+def test_the_tiny_study_learns_more_than_byte_frequencies(tmp_path):
+    """What a newcomer's first make shows: at least 0.6 nats below the unigram entropy of the data."""
+    _, progress = run(load("gpt2-ra-ablation+tiny", "V0"), tmp_path)
+    assert progress.val_loss < progress.unigram_entropy - 0.6
 
 
 def test_a_token_budget_is_rounded_up_to_iterations(configuration, tmp_path):

@@ -253,12 +253,12 @@ def state(out, cell):
     return status.state, status.why
 
 
-def test_a_cell_that_never_ran_or_left_nothing_is_planned(tmp_path, cell):
+def test_a_cell_that_never_ran_is_planned_and_one_that_left_nothing_interrupted(tmp_path, cell):
     one = cell()
     assert state(tmp_path, one) == ("planned", "never ran")
     assert state(tmp_path / "nowhere", one) == ("planned", "never ran")
     started(tmp_path, one, checkpoint=False)
-    assert state(tmp_path, one) == ("planned", "was started, but left no checkpoint")
+    assert state(tmp_path, one) == ("interrupted", "its process was killed before its first checkpoint, so it starts anew")
 
 
 def test_a_path_too_long_for_the_system_holds_no_cell(tmp_path, cell):

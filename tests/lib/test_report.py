@@ -128,8 +128,18 @@ def test_what_the_numbers_rest_on_is_said(study):
     text = render(study(seeds="1", V0=[3.0]))
     for line in ("- data: pystdlib, bytes tokens, 9.0 M for training, evaluation set 0123456789ab; unigram entropy 3.250 nats",
                  "- machine: a CPU, float32, torch 2.13.0, compile off, 1 threads",
-                 "- outside the budget, mean of a cell: start 2 s, compile 0 s, evaluation 1 min 01 s; training 20 s"):
+                 "- outside the budget, mean of a cell: start and logging 2 s, compile 0 s, evaluation 1 min 01 s; "
+                 "training 20 s"):
         assert f"{line}\n" in text
+
+
+def test_cells_that_cannot_be_compared_are_named(study, tmp_path):
+    plan = study(seeds="1", V0=[3.0], V1=[3.1])
+    assert "not comparable" not in render(plan)
+    record = next(s.record for c, s, _ in plan.rows() if c.step == "V1")
+    record["data"] = record["data"] | {"eval_hash": "f" * 64}
+    record["environment"] = record["environment"] | {"device": "another CPU"}
+    assert "- V1 seed 1 is not comparable with V0: different data eval_hash, device\n" in render(plan)
 
 
 def test_a_loss_without_a_finite_perplexity_is_no_crash(study):

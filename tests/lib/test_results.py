@@ -6,7 +6,7 @@ import math
 import pytest
 
 from lib import results
-from tests.harness import MEASURED
+from tests.harness import MEASURED, refusal
 
 PROVENANCE = {"study": "s", "step": "V1", "optimizer": "adamw", "seed": 7, "parent": None,
               "identity": {"hash": "0", "set": {"SEED": "7"}, "default": {}}, "symbols": {}}
@@ -85,6 +85,7 @@ def test_the_good_one_is_good(tmp_path):
     assert results.read(tmp_path)["state"] == "done"
 
 
-def test_a_folder_in_its_place_is_unreadable(tmp_path):
+def test_a_file_system_that_fails_says_nothing_about_the_record(tmp_path):
     (tmp_path / "metrics.json").mkdir()
-    assert results.read(tmp_path)["state"] == "unreadable"
+    what, _ = refusal(results.read, tmp_path)
+    assert what == f"{tmp_path}/metrics.json cannot be read: Is a directory."

@@ -8,6 +8,8 @@ import pytest
 from lib.config import load
 from lib.tracking import MetricsLog, open_tracker
 
+PROVENANCE = {"study": "gpt2-ra-ablation+tiny", "step": "V0", "identity": {"hash": "0123456789ab"}}
+
 
 def test_rows_are_strict_json(tmp_path):
     log = MetricsLog(tmp_path)
@@ -37,7 +39,7 @@ def test_a_tracker_that_fails_is_switched_off_with_one_warning(tmp_path, capsys,
 def test_a_tracker_that_cannot_start_is_a_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     cfg = load("gpt2-ra-ablation+tiny", "V0", {"TRACKER_WANDB": True})
-    assert open_tracker(cfg, tmp_path, "study", "V0", "cell") is None
+    assert open_tracker(cfg, tmp_path, PROVENANCE) is None
     assert "warning: the tracker cannot start and is switched off" in capsys.readouterr().err
 
 
@@ -46,7 +48,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     cfg = load("gpt2-ra-ablation+tiny", "V0", {"TRACKER_WANDB": True})
-    log = MetricsLog(tmp_path, tracker=open_tracker(cfg, tmp_path, "gpt2-ra-ablation+tiny", "V0", "test_V0"))
+    log = MetricsLog(tmp_path, tracker=open_tracker(cfg, tmp_path, PROVENANCE))
     assert log.tracker is not None
     log.row(iteration=1, val_loss=2.5)
     log.close()

@@ -162,7 +162,7 @@ def test_a_checkpoint_survives_and_a_baked_module_can_load_one():
     fresh.load_state_dict(state)
     assert torch.equal(fresh(x), expected) and torch.equal(fresh(x), expected)  # the second forward too
     fresh.bake().load_state_dict(state)
-    assert torch.equal(fresh(x), expected)
+    assert torch.equal(fresh(x), expected) and fresh.gate_std.requires_grad and fresh.gate_rec.requires_grad
 
 
 def test_folded_layout_of_the_documents():
@@ -210,6 +210,8 @@ def test_it_collapses_to_ordinary_attention(bias):
     _, ra = pair(exact=False, bias=bias)
     x = torch.randn(2, 17, E)
     torch.testing.assert_close(ra.collapse().eval()(x), ra(x), rtol=0, atol=1e-6)
+    ra.double()
+    torch.testing.assert_close(ra.collapse()(x.double()), ra(x.double()), rtol=0, atol=1e-12)
     assert UnifiedRAttention(E, H, R=R, use_self_restart=True).collapse() is None
 
 

@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from lib.data.files import MAGIC, ROOT, open_shard, repo_path, shown, split_files
+from lib.data.files import MAGIC, open_shard, repo_path, split_files
 from lib.errors import UserError
+from lib.paths import ROOT, shown
 
 quick = settings(max_examples=50, deadline=None)  # the machine may be busy
 

@@ -1,22 +1,22 @@
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
 from lib.data import prepare
-from lib.data.files import ROOT
 from lib.data.shards import write_corpus
+from lib.paths import ROOT
 from scripts import data
 
 
 @pytest.fixture
 def configured(monkeypatch):
-    """configured(cfg): what lib.config.load() gives to the script."""
+    """configured(cfg): the configuration that lib.config gives to the script."""
     def put(cfg):
         module = ModuleType("lib.config")
-        module.load = lambda *arguments, **options: cfg
+        module.Study, module.announce = lambda: SimpleNamespace(config=cfg), lambda study: None
         monkeypatch.setitem(sys.modules, "lib.config", module)
     return put
 

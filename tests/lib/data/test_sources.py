@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lib.data import open_corpus, sources
-from lib.data.files import ROOT
 from lib.errors import UserError
+from lib.paths import ROOT
 
 
 def write(path, count, offset=0):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from lib.errors import UserError
 from lib.kconfig import Assignment, Schema
 from lib.optimizers import build, param_groups
 from lib.optimizers.adamw_spam import AdamWSPAM
@@ -86,7 +85,7 @@ def test_a_wrong_declaration_is_an_error():
 
 
 def test_unknown_optimizer():
-    with pytest.raises(UserError, match="lion"):
+    with pytest.raises(ValueError, match="lion"):
         build(toy(), config("lion"))
 
 
