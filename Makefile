@@ -25,8 +25,8 @@ PYTHON3 := python3
 ANY_PYTHON = $(if $(wildcard $(PYTHON)),$(PYTHON),$(PYTHON3))
 export PYTHON Q
 export PYTHONUNBUFFERED := 1
-# CPU threads sleep while they wait for each other: spinning ones are several times slower on a machine that is not idle.
-export OMP_WAIT_POLICY ?= passive
+# CPU threads spin only shortly while they wait for each other: the default is several times slower on a busy machine.
+export GOMP_SPINCOUNT ?= 10000
 
 # These count only when they stand on make's command line; the environment is too easily polluted with TIME or OUT.
 on_command_line = $(if $(filter command,$(firstword $(origin $(1)))),$($(1)))
@@ -46,7 +46,7 @@ else
 run: $(SETUP) ## plan the configured study, run the cells that are missing, report
 	$(Q)cells=$$($(PYTHON) -m scripts.plan --write $(reasons) $(STEPS)) && \
 	KABLATE_MAKE_PID=$$PPID $(MAKE) --no-print-directory -f "$$cells" && \
-	$(PYTHON) -m scripts.report
+	$(PYTHON) -m scripts.report $(STEPS)
 endif
 
 # make V3 runs V3; make plan V3 and make check V3 only look at it.
@@ -60,7 +60,7 @@ plan: $(SETUP) ## list the study's cells, their state, and why each would run
 
 .PHONY: report
 report: $(SETUP) ## print and write the report of what is on disk
-	$(Q)$(PYTHON) -m scripts.report
+	$(Q)$(PYTHON) -m scripts.report $(STEPS)
 
 .PHONY: check
 check: $(SETUP) ## prove every architecture of the study on the CPU (STUDY=name, ALL=1 every step, FULL=1 real depth)

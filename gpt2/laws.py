@@ -1,7 +1,7 @@
 """The laws every step must obey, checked on the CPU in float32 in about a second a step.
 
 Sizes are checked on the full model on the meta device; behaviour on the same classes at the study's width and heads, cut
-to 2 layers, a vocabulary of 512 and a context of 64, so that the borders between blocks of tokens are crossed.
+to 2 layers, a vocabulary of 512 and a context of 32, so that the borders between blocks of tokens are crossed.
 
 A law is a function that takes a Subject and returns None, or one sentence on how the step breaks it. LAWS lists them in
 order; scripts/check.py runs them.
@@ -13,14 +13,15 @@ import pkgutil
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 from gpt2.model import GPT, expected_parameters
 from lib import optimizers
 
-SMALL = {"GPT2_N_LAYER": 2, "VOCAB_SIZE": 512, "GPT2_BLOCK_SIZE": 64}
+SMALL = {"GPT2_N_LAYER": 2, "VOCAB_SIZE": 512, "GPT2_BLOCK_SIZE": 32}
 BATCH = 1  # `causality` adds rows, and so shows that rows do not see each other
 TOLERANCE = 2e-5  # of logits of size 1, between two orders of float32 sums
-CHUNKS = (17, 1, 1, 13)  # cached decoding: a prompt, single tokens, a chunk on a prefix, then the rest
+CHUNKS = (9, 1, 1, 7)  # cached decoding: a prompt, single tokens, a chunk on a prefix, then the rest
 
 
 @dataclass
@@ -93,8 +94,7 @@ def differs(s: Subject):
 
 
 def initial_loss(s: Subject):
-    with torch.no_grad():
-        loss = s.model.eval()(s.x, s.y)[1].item()
+    loss = F.cross_entropy(s.start_logits.flatten(0, 1), s.y.flatten()).item()
     expected = math.log(s.small.VOCAB_SIZE)
     return None if abs(loss - expected) < 0.5 else f"the loss starts at {loss:.3f}, far from ln(vocabulary) = {expected:.3f}"
 
@@ -103,7 +103,7 @@ def initial_loss(s: Subject):
 def causality(s: Subject):
     """No output at t depends on a token after t: rows that differ only after a border agree up to it."""
     T = s.x.size(1)
-    borders = torch.tensor([0, T // 4, T // 2, T - 2])
+    borders = torch.tensor([0, T // 2, T - 2])
     later = torch.arange(T) > borders[:, None]
     rows = torch.where(later, (s.x[:1] + 1) % s.small.VOCAB_SIZE, s.x[:1])
     moved = (s.logits(rows) - s.start_logits[:1]).abs().amax(2).masked_fill(later, 0)
@@ -111,7 +111,7 @@ def causality(s: Subject):
         return f"outputs up to position {borders[moved.amax(1).argmax()]} move by {moved.max():.1e} with tokens after it"
     s.model.train()
     outputs = []
-    for tokens in (s.x[:1], rows[2:3]):
+    for tokens in (s.x[:1], rows[1:2]):
         torch.manual_seed(0)  # the same dropout in both
         outputs.append(s.model(tokens)[0][:, :T // 2 + 1])
     worst = (outputs[0] - outputs[1]).abs().max().item()

@@ -152,7 +152,7 @@ def inspect(out: Path, cell: Cell) -> Status:
         if is_locked(folder):
             return Status("running", "another make runs it")
         if not (folder / "checkpoint.pt").exists():
-            return Status("interrupted", "its process was killed before its first checkpoint, so it starts anew")
+            return Status("interrupted", "its process ended before its first checkpoint, so it starts anew")
         try:
             found = json.loads((folder / "provenance.json").read_text())["identity"]
             changes = identity_changes(found, cell.resolved.with_seed(cell.seed).identity)

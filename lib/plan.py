@@ -93,10 +93,14 @@ class Plan:
 
     def runs(self, cell: Cell) -> bool:
         """Whether make would run this cell."""
-        if self.options.steps and cell.name not in self._wanted:
+        if not self.wants(cell):
             return False
         state = self.status[cell.name].state
         return state in RUNS or (state == "failed" and self.options.retry)
+
+    def wants(self, cell: Cell) -> bool:
+        """Whether the cell was asked for: all are, unless steps were named."""
+        return not self.options.steps or cell.name in self._wanted
 
     @cached_property
     def _wanted(self) -> set[str]:

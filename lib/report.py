@@ -117,6 +117,6 @@ def not_comparable(by_step) -> list[str]:
 
 
 def failures(plan) -> list[str]:
-    """Cells that ended without a result; the report's notes say why."""
+    """Cells that were asked for and ended without a result; the report's notes say why."""
     return [f"{cell.step} seed {cell.seed} ({status.state})" for cell, status, _ in plan.rows()
-            if status.state in ("failed", "interrupted")]
+            if status.state in ("failed", "interrupted") and plan.wants(cell)]

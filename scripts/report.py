@@ -12,8 +12,9 @@ from scripts.plan import options_from_environment
 
 
 def main() -> int:
-    argparse.ArgumentParser(prog="python -m scripts.report", description=__doc__).parse_args()
-    plan = Plan(options_from_environment())
+    parser = argparse.ArgumentParser(prog="python -m scripts.report", description=__doc__)
+    parser.add_argument("steps", nargs="*", help="only these steps count for the exit status")
+    plan = Plan(options_from_environment(parser.parse_args().steps))
     text = render(plan)
     print("\n" + text, end="")
     try:
@@ -25,7 +26,8 @@ def main() -> int:
     print(f"\nwritten to {shown(plan.out / 'report.md')}")
     broken = failures(plan)
     if broken:
-        print(f"without a result: {', '.join(broken)}; make RETRY=1 runs failed cells again", file=sys.stderr)
+        print(f"without a result: {', '.join(broken)}; make resumes interrupted cells, make RETRY=1 runs failed ones again",
+              file=sys.stderr)
     return 1 if broken else 0
 
 

@@ -8,12 +8,12 @@ from tests.gpt2.conftest import V_STEPS
 
 @pytest.fixture(scope="module")
 def reference(configuration):
-    return Subject("V0", configuration("V0", GPT2_BLOCK_SIZE=64))
+    return Subject("V0", configuration("V0", GPT2_BLOCK_SIZE=32))
 
 
 @pytest.mark.parametrize("step", V_STEPS)
 def test_v_steps_obey(configuration, reference, step):
-    subject = Subject(step, configuration(step, GPT2_BLOCK_SIZE=64), None, None if step == "V0" else reference)
+    subject = Subject(step, configuration(step, GPT2_BLOCK_SIZE=32), None, None if step == "V0" else reference)
     assert broken_laws(subject) == []
 
 
@@ -27,17 +27,17 @@ def test_v_steps_obey(configuration, reference, step):
     ("MLP", "Forgetful", "save_and_load: a saved and loaded model computes something else"),
 ])
 def test_a_planted_defect_breaks_its_law(configuration, reference, kind, name, law):
-    cfg = configuration("V0", GPT2_BLOCK_SIZE=64).replace(**{f"{kind}_CLASS": f"tests.gpt2.broken:{name}"})
+    cfg = configuration("V0", GPT2_BLOCK_SIZE=32).replace(**{f"{kind}_CLASS": f"tests.gpt2.broken:{name}"})
     broken = broken_laws(Subject("X", cfg, None, reference))
     assert any(sentence.startswith(law) for sentence in broken), broken
 
 
 def test_a_disguised_baseline_is_refused_unless_declared(configuration, reference):
-    cfg = configuration("V0", GPT2_BLOCK_SIZE=64)
+    cfg = configuration("V0", GPT2_BLOCK_SIZE=32)
     assert broken_laws(Subject("X", cfg, None, reference)) == [
         "differs: it is V0 in disguise: the same parameters and the same function"]
     assert broken_laws(Subject("X", cfg, "V0", reference)) == []
-    ra = configuration("V1", GPT2_BLOCK_SIZE=64)
+    ra = configuration("V1", GPT2_BLOCK_SIZE=32)
     assert broken_laws(Subject("X", ra, "V0", reference)) == ["differs: it declares to equal V0, but differs from it"]
 
 

@@ -258,7 +258,7 @@ def test_a_cell_that_never_ran_is_planned_and_one_that_left_nothing_interrupted(
     assert state(tmp_path, one) == ("planned", "never ran")
     assert state(tmp_path / "nowhere", one) == ("planned", "never ran")
     started(tmp_path, one, checkpoint=False)
-    assert state(tmp_path, one) == ("interrupted", "its process was killed before its first checkpoint, so it starts anew")
+    assert state(tmp_path, one) == ("interrupted", "its process ended before its first checkpoint, so it starts anew")
 
 
 def test_a_path_too_long_for_the_system_holds_no_cell(tmp_path, cell):
