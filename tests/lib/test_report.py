@@ -157,7 +157,8 @@ def test_metrics_files_hold_no_nan(study, tmp_path):
 
 @pytest.mark.parametrize("end, code, error", [
     ("diverged", 0, ""),
-    ("failed", 1, "without a result: V1 seed 1 (failed); make resumes interrupted cells, make RETRY=1 runs failed ones again\n")])
+    ("failed", 1, "without a result: V1 seed 1 (failed); make resumes interrupted cells, make RETRY=1 runs failed "
+     "ones again\n")])
 def test_the_report_is_printed_written_and_fails_with_failed_cells(study, tmp_path, end, code, error):
     study(seeds="1", V0=[3.0], V1=[end])
     done = run("scripts.report")
