@@ -16,8 +16,14 @@ from torch import nn
 
 from gpt2.kv_cache import KVCache
 from gpt2.layers import Embedding, init_weights
+from gpt2.rules import hidden_width
 
 VOCAB_MULTIPLE = 64  # matmuls like it; the ids above the vocabulary are never targets and never sampled
+
+
+def padded_vocabulary(cfg) -> int:
+    """Rows of the token embedding: the vocabulary rounded up to VOCAB_MULTIPLE."""
+    return -(-cfg.VOCAB_SIZE // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class Block(nn.Module):
@@ -41,7 +47,7 @@ class GPT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.block_size, self.vocab_size = cfg.GPT2_BLOCK_SIZE, cfg.VOCAB_SIZE
-        padded = -(-cfg.VOCAB_SIZE // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        padded = padded_vocabulary(cfg)
         self.transformer = nn.ModuleDict({
             "wte": Embedding(padded, cfg.GPT2_N_EMBD),
             "wpe": Embedding(cfg.GPT2_BLOCK_SIZE, cfg.GPT2_N_EMBD),
@@ -124,9 +130,8 @@ class GPT(nn.Module):
 def expected_parameters(cfg) -> int:
     """Parameters in closed form: GPT-2's, plus what each mechanism says it adds to a layer."""
     E, L, bias = cfg.GPT2_N_EMBD, cfg.GPT2_N_LAYER, cfg.GPT2_BIAS
-    d_ff = cfg.GPT2_MLP_EXPANSION * E
-    padded = -(-cfg.VOCAB_SIZE // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    d_ff = hidden_width(cfg)
     norm = E * (1 + bias)
     layer = 2 * norm + 4 * E * E + 2 * E * d_ff + bias * (3 * E + E + d_ff + E)
     extra = sum(pkgutil.resolve_name(name).extra_parameters(cfg) for name in (cfg.ATTENTION_CLASS, cfg.MLP_CLASS))
-    return (padded + cfg.GPT2_BLOCK_SIZE) * E + L * (layer + extra) + norm
+    return (padded_vocabulary(cfg) + cfg.GPT2_BLOCK_SIZE) * E + L * (layer + extra) + norm

@@ -1,6 +1,6 @@
 """Rules between symbols that Kconfig cannot state, checked at configuration time, without torch.
 
-Also `resolve_size`, the one place where a ratio becomes a count.
+Also the sizes that follow from symbols: `hidden_width`, and `resolve_size`, the one place where a ratio becomes a count.
 """
 
 from fractions import Fraction
@@ -13,6 +13,11 @@ def resolve_size(value: Fraction, whole: int) -> int:
     return max(1, round(value * whole)) if value < 1 else int(value)
 
 
+def hidden_width(cfg) -> int:
+    """d_ff, the hidden width of the MLP."""
+    return cfg.GPT2_MLP_EXPANSION * cfg.GPT2_N_EMBD
+
+
 def check(cfg) -> None:
     """Raise UserError for sizes that do not fit together."""
     heads, width = cfg.GPT2_N_HEAD, cfg.GPT2_N_EMBD
@@ -23,7 +28,7 @@ def check(cfg) -> None:
         raise UserError(f"RA_R={cfg.RA_R} is not below the head width {width // heads}.",
                         f"set RA_R to at most {width // heads - 1}.")
     if cfg.RMLP_R_FF is not None:
-        hidden = cfg.GPT2_MLP_EXPANSION * width
+        hidden = hidden_width(cfg)
         count = resolve_size(cfg.RMLP_R_FF, hidden)
         if count >= hidden:
             raise UserError(f"RMLP_R_FF={cfg.RMLP_R_FF} ({count} features) is not below the hidden width {hidden}.",

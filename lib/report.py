@@ -107,12 +107,14 @@ def not_comparable(by_step) -> list[str]:
                 **{k: record["environment"].get(k) for k in ("device", "precision", "compile", "torch", "source_hash")}}
 
     cells = [(cell, status.record) for group in by_step.values() for cell, status in group if status.state == "done"]
-    found = []
+    if not cells:
+        return []
+    found, (first, record) = [], cells[0]
+    expected = facts(record)
     for cell, record in cells[1:]:
-        different = [k for k, v in facts(record).items() if v != facts(cells[0][1])[k]]
+        different = [k for k, v in facts(record).items() if v != expected[k]]
         if different:
-            found.append(f"{cell.step} seed {cell.seed} is not comparable with {cells[0][0].step}: different "
-                         f"{', '.join(different)}")
+            found.append(f"{cell.step} seed {cell.seed} is not comparable with {first.step}: different {', '.join(different)}")
     return found
 
 

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gpt2.layers import INIT_STD, Linear, residual_std
+from gpt2.rules import hidden_width
 
 
 class MLP(nn.Module):
@@ -20,8 +21,7 @@ class MLP(nn.Module):
 
     @classmethod
     def from_config(cls, cfg):
-        return cls(cfg.GPT2_N_EMBD, cfg.GPT2_MLP_EXPANSION * cfg.GPT2_N_EMBD, cfg.GPT2_DROPOUT, cfg.GPT2_BIAS,
-                   residual_std(cfg.GPT2_N_LAYER))
+        return cls(cfg.GPT2_N_EMBD, hidden_width(cfg), cfg.GPT2_DROPOUT, cfg.GPT2_BIAS, residual_std(cfg.GPT2_N_LAYER))
 
     @staticmethod
     def extra_parameters(cfg) -> int:

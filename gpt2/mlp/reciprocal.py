@@ -19,7 +19,7 @@ from torch import nn
 
 from gpt2.layers import INIT_STD, residual_std
 from gpt2.mlp.baseline import MLP
-from gpt2.rules import resolve_size
+from gpt2.rules import hidden_width, resolve_size
 
 
 class ReciprocalMLP(MLP):
@@ -44,14 +44,14 @@ class ReciprocalMLP(MLP):
 
     @classmethod
     def from_config(cls, cfg):
-        d_ff = cfg.GPT2_MLP_EXPANSION * cfg.GPT2_N_EMBD
+        d_ff = hidden_width(cfg)
         return cls(cfg.GPT2_N_EMBD, d_ff, resolve_size(cfg.RMLP_R_FF, d_ff), cfg.GPT2_DROPOUT, cfg.GPT2_BIAS,
                    cfg.RMLP_MIXER, cfg.RMLP_TOKEN_GATE, (0.9, 0.1) if cfg.RMLP_GATES_FIXED else None,
                    residual_std(cfg.GPT2_N_LAYER))
 
     @staticmethod
     def extra_parameters(cfg) -> int:
-        R_ff = resolve_size(cfg.RMLP_R_FF, cfg.GPT2_MLP_EXPANSION * cfg.GPT2_N_EMBD)
+        R_ff = resolve_size(cfg.RMLP_R_FF, hidden_width(cfg))
         return 2 + cfg.RMLP_MIXER * R_ff ** 2 + cfg.RMLP_TOKEN_GATE * (cfg.GPT2_N_EMBD + 1)
 
     def sizes(self) -> dict:
