@@ -1,7 +1,8 @@
 """The laws every step must obey, checked on the CPU in float32 in about a second a step.
 
 Sizes are checked on the full model on the meta device; behaviour on the same classes at the study's width and heads, cut
-to 2 layers, a vocabulary of 512 and a context of 32, so that the borders between blocks of tokens are crossed.
+to 2 layers, a vocabulary of 512 and a context of 32, so that the borders between blocks of tokens are crossed. Architecture
+is what they judge, so every step starts from the same streams, also one that trains under others (STREAMS).
 
 A law is a function that takes a Subject and returns None, or one sentence on how the step breaks it. LAWS lists them in
 order; scripts/check.py runs them.
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from gpt2.model import GPT, expected_parameters
 from lib import optimizers
 
-SMALL = {"GPT2_N_LAYER": 2, "VOCAB_SIZE": 512, "GPT2_BLOCK_SIZE": 32}
+SMALL = {"GPT2_N_LAYER": 2, "VOCAB_SIZE": 512, "GPT2_BLOCK_SIZE": 32, "STREAMS": 0}
 BATCH = 1  # `causality` adds rows, and so shows that rows do not see each other
 TOLERANCE = 2e-5  # of logits of size 1, between two orders of float32 sums
 CHUNKS = (9, 1, 1, 7)  # cached decoding: a prompt, single tokens, a chunk on a prefix, then the rest

@@ -17,6 +17,7 @@ from torch import nn
 from gpt2.kv_cache import KVCache
 from gpt2.layers import Embedding, init_weights
 from gpt2.rules import hidden_width
+from lib.streams import cell_seed
 
 VOCAB_MULTIPLE = 64  # matmuls like it; the ids above the vocabulary are never targets and never sampled
 
@@ -58,7 +59,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(cfg.GPT2_N_EMBD, padded, bias=False, device="meta")
         self.lm_head.weight = self.transformer.wte.weight  # tied; named_parameters() lists it once, as wte
         if self.transformer.wte.weight.device.type != "meta":
-            init_weights(self, cfg.SEED)
+            init_weights(self, cell_seed(cfg))
 
     def forward(self, idx, targets=None, cache: KVCache | None = None):
         """Logits [B, T, padded vocabulary] and the mean cross-entropy in nats (None without targets).

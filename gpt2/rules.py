@@ -1,4 +1,5 @@
-"""Rules between symbols that Kconfig cannot state, checked at configuration time, without torch.
+"""Rules between symbols that Kconfig cannot state, checked at configuration time, without torch: `check` refuses what
+cannot be built or run, `warnings` says what can be run but would not do what it is for.
 
 Also the sizes that follow from symbols: `hidden_width`, and `resolve_size`, the one place where a ratio becomes a count.
 """
@@ -6,6 +7,7 @@ Also the sizes that follow from symbols: `hidden_width`, and `resolve_size`, the
 from fractions import Fraction
 
 from lib.errors import UserError
+from lib.schedule import Budget
 
 
 def resolve_size(value: Fraction, whole: int) -> int:
@@ -19,7 +21,7 @@ def hidden_width(cfg) -> int:
 
 
 def check(cfg) -> None:
-    """Raise UserError for sizes that do not fit together."""
+    """Raise UserError for symbols that do not fit together."""
     heads, width = cfg.GPT2_N_HEAD, cfg.GPT2_N_EMBD
     if width % heads:
         raise UserError(f"GPT2_N_EMBD={width} is not divisible by GPT2_N_HEAD={heads}.",
@@ -40,3 +42,19 @@ def check(cfg) -> None:
         raise UserError(f"SPAM_WARMUP_STEPS={cfg.SPAM_WARMUP_STEPS} is not below SPAM_INTERVAL={cfg.SPAM_INTERVAL}, so the "
                         "learning rate would never leave its re-warm-up.",
                         "set it below SPAM_INTERVAL (the paper: 150 of 500).")
+    if cfg.INIT_FROM_STEP and not cfg.SAVE_MODEL:
+        raise UserError(f"a step starts from {cfg.INIT_FROM_STEP}'s model, but SAVE_MODEL is off.",
+                        "set SAVE_MODEL=y in make menuconfig, or leave out the steps that start from another's model.")
+
+
+def warnings(cfg) -> list[str]:
+    """What of a resolved configuration cannot act within its budget, a sentence each; the plan shows them.
+
+    A mechanism that acts only after a number of steps adds its sentence here, and `inactive()` to its module, which says
+    it of the cell that was run. Under a budget of seconds the number of iterations is not known beforehand.
+    """
+    found, iterations = [], Budget.from_config(cfg).iterations
+    if cfg.SPAM_INTERVAL and iterations and iterations <= cfg.SPAM_INTERVAL:  # the reset is part of the step *after* those
+        found.append(f"the optimizer's momentum reset every {cfg.SPAM_INTERVAL} steps is never reached in {iterations} "
+                     "iterations")
+    return found

@@ -5,9 +5,9 @@
     python gpt2/train_ra_mla.py --ra-mla-ablation-step V1 --out runs/v1  train it (in runs/v1)
     python gpt2/train_ra_mla.py --cell FOLDER                            what make runs: FOLDER/.config says everything
 
-The folder ends up with .config, provenance.json, training.log (under make), metrics.jsonl, model.pt and, last,
-metrics.json. Exit status: 0 done or diverged (metrics.json says which), 2 bad input, 75 interrupted (run it again to
-resume).
+The folder ends up with .config, provenance.json, training.log (under make), metrics.jsonl, model.pt (unless SAVE_MODEL is
+off) and, last, metrics.json. Exit status: 0 done or diverged (metrics.json says which), 2 bad input, 75 interrupted (run it
+again to resume).
 """
 
 import argparse
@@ -106,6 +106,7 @@ def run_cell(folder: Path) -> int:
     stop = loop.StopRequest()
     corpus = open_corpus(cfg)
     device = runtime.setup(cfg)
+    environment = runtime.environment(cfg, device)
     model = GPT(cfg)
     if cfg.INIT_FROM_STEP:
         load_parent(model, folder, provenance, cfg.INIT_FROM_STEP)
@@ -126,12 +127,15 @@ def run_cell(folder: Path) -> int:
     except loop.Diverged as error:
         state, reason = "diverged", str(error)
         progress.val_loss = None  # a value from the middle of the run is no result
-    checkpoint.save(folder / "model.pt", model=model.state_dict(), configuration=cfg.as_json(),
-                    step=provenance["step"], seed=cfg.SEED, identity=provenance["identity"]["hash"])
+    if cfg.SAVE_MODEL:
+        checkpoint.save(folder / "model.pt", model=model.state_dict(), configuration=cfg.as_json(),
+                        step=provenance["step"], seed=cfg.SEED, identity=provenance["identity"]["hash"])
+    else:
+        (folder / "model.pt").unlink(missing_ok=True)  # of an earlier try that failed after saving it
     clock.switch("other")
     clocks, tokens = progress.clocks, progress.iteration * tokens_per_iteration(cfg)
     results.write(
-        folder, provenance, state, reason,
+        folder, provenance, state, reason, inactive=progress.inactive,
         val_loss=progress.val_loss, val_perplexity=loop.perplexity(progress.val_loss),
         best_val_loss=progress.best_val_loss, train_loss=progress.train_loss,
         iterations=progress.iteration, tokens=tokens,
@@ -143,7 +147,7 @@ def run_cell(folder: Path) -> int:
         kv_cache_bytes=model.new_cache(1, dtype=getattr(torch, runtime.precision(cfg, device))).nbytes(),
         peak_memory_bytes=runtime.peak_memory_bytes(device),
         data=corpus.record() | {"eval_hash": progress.eval_hash, "unigram_entropy": progress.unigram_entropy},
-        environment=runtime.environment(cfg, device),
+        environment=environment,
         configuration=cfg.as_json(), started=started, finished=datetime.now(UTC).isoformat(timespec="seconds"))
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return 0
@@ -165,8 +169,11 @@ def load_parent(model, folder: Path, provenance: dict, step: str) -> None:
         raise UserError(f"the cell starts from the model of {step}, but has no parent cell.", "run it through make.")
     path = folder.parent / provenance["parent"] / "model.pt"
     record = results.read(path.parent)
-    if not record or record["state"] != "done" or not path.exists():
+    if not record or record["state"] != "done":
         raise UserError(f"parent {step} has left no trained model in {path.parent}.", "make RETRY=1 once it has one.")
+    if not path.exists():  # make sees that it is done, and would not run it again by itself
+        raise UserError(f"parent {step} is done, but its model is not in {path.parent}: SAVE_MODEL was off, or it was unpacked "
+                        "from an archive.", "set SAVE_MODEL=y, move that folder away, then make RETRY=1.")
     try:
         unexpected = model.load_state_dict(checkpoint.load(path)["model"], strict=False).unexpected_keys
     except RuntimeError as error:  # a tensor of another shape

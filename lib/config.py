@@ -28,7 +28,8 @@ from lib.steps import step_path
 DEFAULT_STUDY = "gpt2-ra-ablation+tiny"
 STEP_SPEC = re.compile(r"([A-Za-z][A-Za-z0-9_]*)(?:@(.+))?")
 # What describes the study as a whole; in a step it would be silently without effect.
-OF_THE_STUDY = ("SEED", "SEEDS", "STUDY", "ABLATION_STEPS", "BASELINE", "OPTIMIZERS", "OUTPUT_DIR", "MARGIN")
+OF_THE_STUDY = ("SEED", "SEEDS", "STUDY", "ABLATION_STEPS", "BASELINE", "OPTIMIZERS", "OUTPUT_DIR", "MARGIN", "CONTROL_STEPS",
+                "MAX_SEEDS", "TUNE_LR", "JOBS")
 
 
 class Config:

@@ -35,9 +35,12 @@ def tokens_per_iteration(cfg) -> int:
 
 
 def learning_rate(cfg, iteration: int, progress: float) -> float:
-    """Rate of step `iteration` (from 0): linear warm-up times a cosine of progress from LEARNING_RATE to GPT2_MIN_LR."""
+    """Rate of step `iteration` (from 0): linear warm-up times a cosine of progress from LEARNING_RATE to GPT2_MIN_LR.
+
+    LEARNING_RATE_MULT scales the whole of it.
+    """
     warmup = 1.0
     if cfg.GPT2_WARMUP_STEPS:
         warmup = min(1.0, max((iteration + 1) / cfg.GPT2_WARMUP_STEPS, progress / WARMUP_SHARE))
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return warmup * (cfg.GPT2_MIN_LR + (cfg.LEARNING_RATE - cfg.GPT2_MIN_LR) * cosine)
+    return cfg.LEARNING_RATE_MULT * (warmup * (cfg.GPT2_MIN_LR + (cfg.LEARNING_RATE - cfg.GPT2_MIN_LR) * cosine))

@@ -63,8 +63,8 @@ class CausalSelfAttention(nn.Module):
         """Weight [3 n_embd, n_embd] and bias [3 n_embd] (or None) of the fused projection."""
         return self.c_attn.weight, self.c_attn.bias
 
-    def combine(self, attended, values):
-        """What leaves the heads: attended and the values of the same positions, both [B, H, T, D]."""
+    def combine(self, attended, values, x):
+        """What leaves the heads: attended and the values of the same positions, both [B, H, T, D]; x is the layer's input."""
         return attended
 
     def forward(self, x, cache: LayerCache | None = None):
@@ -78,7 +78,7 @@ class CausalSelfAttention(nn.Module):
         attended = F.scaled_dot_product_attention(
             q, keys, values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
             is_causal=mask is None and past == 0)
-        y = self.combine(attended, v).transpose(1, 2).reshape(B, T, E)
+        y = self.combine(attended, v, x).transpose(1, 2).reshape(B, T, E)
         return self.resid_dropout(self.c_proj(y))
 
 

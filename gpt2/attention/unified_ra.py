@@ -123,7 +123,7 @@ class UnifiedRAttention(CausalSelfAttention):
         scale = self.row_scale()
         return weight * scale[:, None], None if bias is None else bias * scale
 
-    def combine(self, attended, values):
+    def combine(self, attended, values, x):
         if self.restart_logit is None:
             return attended
         a = self.rwr_alpha[:, None, None]

@@ -1,4 +1,4 @@
-"""Configurations of the V-steps, small enough for a test."""
+"""Configurations of the steps, small enough for a test."""
 
 import pytest
 import torch
@@ -8,7 +8,8 @@ from lib.config import load
 torch.set_num_threads(1)  # tests run side by side
 
 V_STEPS = ("V0", "V1", "V2", "V3", "V4", "V5", "V6")
-SMALL = {"GPT2_BLOCK_SIZE": 32, "BATCH_SIZE": 2, "GPT2_EVAL_SAMPLES": 2}
+STEPS = (*V_STEPS, "OG0")  # one step of each architecture
+SMALL = {"GPT2_BLOCK_SIZE": 32, "BATCH_SIZE": 2, "GPT2_EVAL_SAMPLES": 2, "GPT2_DROPOUT": "0.1"}
 
 
 @pytest.fixture(scope="session")

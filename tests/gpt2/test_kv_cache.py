@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from gpt2.model import GPT
 from lib.config import load
-from tests.gpt2.conftest import V_STEPS
+from tests.gpt2.conftest import STEPS
 
 T = 32
 
 
-@pytest.fixture(scope="module", params=V_STEPS)
+@pytest.fixture(scope="module", params=STEPS)
 def model(request, configuration):
     return GPT(configuration(request.param)).eval()
 

@@ -1,9 +1,9 @@
-"""The laws catch what they are for: each planted defect breaks its law, and the V-steps break none."""
+"""The laws catch what they are for: each planted defect breaks its law, and the steps break none."""
 
 import pytest
 
 from gpt2.laws import Subject, broken_laws
-from tests.gpt2.conftest import V_STEPS
+from tests.gpt2.conftest import STEPS
 
 
 @pytest.fixture(scope="module")
@@ -11,10 +11,16 @@ def reference(configuration):
     return Subject("V0", configuration("V0", GPT2_BLOCK_SIZE=32))
 
 
-@pytest.mark.parametrize("step", V_STEPS)
-def test_v_steps_obey(configuration, reference, step):
+@pytest.mark.parametrize("step", STEPS)
+def test_steps_obey(configuration, reference, step):
     subject = Subject(step, configuration(step, GPT2_BLOCK_SIZE=32), None, None if step == "V0" else reference)
     assert broken_laws(subject) == []
+
+
+@pytest.mark.parametrize("step", ["A0", "P0"])
+def test_a_control_that_is_v0_otherwise_trained_is_v0_to_the_laws(configuration, reference, step):
+    """Other streams and another learning rate are no other architecture."""
+    assert broken_laws(Subject(step, configuration(step, GPT2_BLOCK_SIZE=32), "V0", reference)) == []
 
 
 @pytest.mark.parametrize("kind, name, law", [

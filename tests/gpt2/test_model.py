@@ -8,12 +8,12 @@ import torch.nn.functional as F
 
 from gpt2.model import GPT, expected_parameters
 from lib.config import load
-from tests.gpt2.conftest import V_STEPS
+from tests.gpt2.conftest import STEPS
 
 
 @pytest.fixture(scope="module")
 def models(configuration):
-    return {step: GPT(configuration(step, GPT2_DROPOUT="0.0")).eval() for step in V_STEPS}
+    return {step: GPT(configuration(step, GPT2_DROPOUT="0.0")).eval() for step in STEPS}
 
 
 def tokens(B, T, seed=0):
@@ -29,7 +29,7 @@ def test_names_are_nanogpts(models):
                              "transformer.ln_f.bias"}
 
 
-@pytest.mark.parametrize("step", V_STEPS)
+@pytest.mark.parametrize("step", STEPS)
 def test_steps_share_every_tensor_of_the_same_name_and_shape(models, step):
     """Equal starting points, whatever a step adds; and the same seed gives the same model twice."""
     base = dict(models["V0"].named_parameters())
@@ -50,6 +50,16 @@ def test_the_start_depends_on_seed_and_name_only(configuration):
     assert not torch.equal(state["transformer.wte.weight"], other.state_dict()["transformer.wte.weight"])
     name = "transformer.h.1.attn.c_attn.weight"
     assert torch.equal(state[name], deeper.state_dict()[name])
+
+
+def test_other_streams_are_another_start_and_set_0_is_the_seed_itself(configuration):
+    cfg = configuration("V0")
+    plain, other, third = (GPT(cfg.replace(STREAMS=n)).state_dict() for n in (0, 1, 2))
+    assert all(torch.equal(v, plain[k]) for k, v in GPT(cfg).state_dict().items())
+    drawn = [k for k, v in plain.items() if v.ndim == 2]
+    assert drawn and not any(torch.equal(a[k], b[k]) for k in drawn for a, b in ((plain, other), (other, third)))
+    again = GPT(configuration("A0")).state_dict()
+    assert all(torch.equal(v, other[k]) for k, v in again.items())
 
 
 def test_start_is_gpt2s(configuration):
@@ -93,17 +103,17 @@ def test_the_head_is_tied_and_counted_once(models):
 
 @pytest.mark.parametrize("step, parameters", [("V0", 124_475_904), ("V1", 124_476_192), ("V2", 124_476_336),
                                               ("V3", 124_476_216), ("V4", 124_525_368), ("V5", 124_485_444),
-                                              ("V6", 124_534_596)])
+                                              ("V6", 124_534_596), ("OG0", 131_553_792)])
 def test_parameters_at_full_size(step, parameters):
-    """GPT-2's 124.4 M with the vocabulary padded to 50304, plus gates, mixer and per-token gate."""
+    """GPT-2's 124.4 M with the vocabulary padded to 50304, plus gates, mixer, per-token gate or output gate."""
     cfg = load("gpt2-ra-ablation", step)
     with torch.device("meta"):
         model = GPT(cfg)
     assert sum(p.numel() for p in model.parameters()) == expected_parameters(cfg) == parameters
-    assert model.sizes().items() >= ({"R": 4, "R_ff": 64} if step >= "V3" else {"d_ff": 3072}).items()
+    assert model.sizes().items() >= ({"R": 4, "R_ff": 64} if "V3" <= step <= "V6" else {"d_ff": 3072}).items()
 
 
-@pytest.mark.parametrize("step", V_STEPS)
+@pytest.mark.parametrize("step", STEPS)
 def test_generation_with_a_cache_equals_generation_without(models, step):
     model, prompt = models[step], tokens(3, 5)
     expected = prompt
@@ -144,12 +154,12 @@ def test_too_many_tokens_are_refused(models):
         models["V0"](tokens(1, 33))
 
 
-@pytest.mark.parametrize("step", V_STEPS)
+@pytest.mark.parametrize("step", STEPS)
 def test_function_class(models, step):
-    """V1, V3 and V4 collapse to GPT-2, exactly to rounding; self-restart and per-token gates do not."""
+    """V1, V3 and V4 collapse to GPT-2, exactly to rounding; self-restart, per-token gates and output gates do not."""
     model, x = models[step], tokens(2, 20)
     collapsed = model.collapse()
-    if step in ("V2", "V5", "V6"):
+    if step in ("V2", "V5", "V6", "OG0"):
         assert collapsed is None
     else:
         assert {n for n, _ in collapsed.named_parameters()} == {n for n, _ in models["V0"].named_parameters()}

@@ -1,14 +1,16 @@
 """Rules between symbols, and ratios as counts."""
 
+import subprocess
+import sys
 from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2.rules import check, resolve_size
+from gpt2.rules import check, resolve_size, warnings
 from lib.config import load
-from tests.harness import refusal
+from tests.harness import ROOT, refusal
 
 
 @pytest.mark.parametrize("value, whole, count", [
@@ -42,6 +44,8 @@ def test_a_ratio_is_a_count_between_one_and_the_whole(ratio, whole):
      "set GPT2_MIN_LR to the rate the schedule ends at, usually a tenth of the peak."),
     ("V0", {"SPAM_WARMUP_STEPS": 500}, "SPAM_WARMUP_STEPS=500 is not below SPAM_INTERVAL=500, so the learning rate would never "
      "leave its re-warm-up.", "set it below SPAM_INTERVAL (the paper: 150 of 500)."),
+    ("V1", {"INIT_FROM_STEP": "V0", "SAVE_MODEL": False}, "a step starts from V0's model, but SAVE_MODEL is off.",
+     "set SAVE_MODEL=y in make menuconfig, or leave out the steps that start from another's model."),
 ])
 def test_sizes_that_do_not_fit_together_are_refused(step, symbols, what, run):
     assert refusal(load, "gpt2-ra-ablation", step, symbols) == (what, run)
@@ -50,10 +54,51 @@ def test_sizes_that_do_not_fit_together_are_refused(step, symbols, what, run):
 @pytest.mark.parametrize("step, symbols", [
     ("V1", {"RA_R": 63}), ("V3", {"RMLP_R_FF": 3071}), ("V0", {"LEARNING_RATE": 6e-5}), ("V0", {"SPAM_WARMUP_STEPS": 499}),
     ("V0", {"SPAM_INTERVAL": 0}),  # 0 never resets, so its re-warm-up never comes
-    ("V0", {"OPTIMIZER_ADAMW": True}),
+    ("V0", {"OPTIMIZER_ADAMW": True}), ("V1", {"INIT_FROM_STEP": "V0"}), ("V1", {"SAVE_MODEL": False}),
     ("V1", {"MODEL_CUSTOM": True, "GPT2_N_EMBD": 100, "GPT2_N_HEAD": 10, "RA_R": 9}),
 ])
 def test_the_last_sizes_that_fit_do(step, symbols):
     cfg = load("gpt2-ra-ablation", step, symbols)
     check(cfg)
     assert all(getattr(cfg, name) == value for name, value in symbols.items())
+
+
+NEVER = "the optimizer's momentum reset every {} steps is never reached in {} iterations"
+
+
+@pytest.mark.parametrize("symbols, sentences", [
+    ({"GPT2_MAX_ITERS": 250}, [NEVER.format(500, 250)]),
+    ({"GPT2_MAX_ITERS": 500}, [NEVER.format(500, 500)]),  # it comes before the 501st step
+    ({"GPT2_MAX_ITERS": 501}, []),
+    ({"GPT2_MAX_TOKENS": 65536 * 499 + 1}, [NEVER.format(500, 500)]),  # iterations of 65536 tokens, rounded up
+    ({"GPT2_MAX_TOKENS": 65536 * 500 + 1}, []),
+    ({"GPT2_MAX_TIME": 1}, []),  # how many iterations that is, nobody knows beforehand
+    ({"GPT2_MAX_ITERS": 250, "SPAM_INTERVAL": 0}, []),  # never, as it was told
+    ({"GPT2_MAX_ITERS": 250, "OPTIMIZER_ADAMW": True}, []),
+    ({"GPT2_MAX_ITERS": 250, "OPTIMIZER_SINKGD": True}, []),
+])
+def test_what_cannot_act_within_its_budget_is_said_beforehand(symbols, sentences):
+    assert warnings(load("gpt2-ra-ablation", "V0", symbols)) == sentences
+
+
+def test_the_first_budget_without_the_warning_is_the_first_with_a_reset(configuration):
+    """The warning's border is the optimizer's own: the moments start anew in the step after SPAM_INTERVAL steps."""
+    import torch
+
+    from lib.optimizers import AdamWSPAM
+
+    optimizer = AdamWSPAM([p := torch.nn.Parameter(torch.ones(3))], interval=4, warmup_steps=2)
+    updates = []
+    for _ in range(6):
+        p.grad = torch.ones(3)
+        optimizer.step()
+        updates.append(optimizer.state[p]["step"])
+    first = updates.index(1, 1) + 1  # iterations of the shortest run with a reset
+    symbols = {"SPAM_INTERVAL": 4, "SPAM_WARMUP_STEPS": 2}
+    assert warnings(configuration("V0", GPT2_MAX_ITERS=first - 1, **symbols)) and first == 5
+    assert not warnings(configuration("V0", GPT2_MAX_ITERS=first, **symbols))
+
+
+def test_rules_and_warnings_need_no_torch():
+    code = "import sys, gpt2.rules; assert not {'torch', 'numpy'} & sys.modules.keys()"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -8,6 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from lib.cells import Cell, expand
+from lib.config import Study
+from lib.kconfig import Assignment
+from lib.launch import prepare
+from tests.harness import TINY, finish
+
 ROOT = Path(__file__).resolve().parents[2]
 FAST = [f"--set={s}" for s in ("GPT2_MAX_ITERS=2", "GPT2_BLOCK_SIZE=32", "BATCH_SIZE=2", "GPT2_EVAL_SAMPLES=2")]
 
@@ -25,10 +31,44 @@ def test_a_cell_by_hand_from_any_folder(tmp_path):
     assert (record["state"], record["step"], record["seed"], record["sizes"]["R"]) == ("done", "V1@RA_R=8", 7, 8)
     assert record["parameters"] > 0 and record["kv_cache_bytes"] == 2 * 2 * 32 * 128 * 4
     assert record["data"]["unigram_entropy"] > 2 and record["environment"]["precision"] == "float32"
+    assert record["inactive"] is None and (tmp_path / "cell/model.pt").exists()
     again = by_hand("--ra-mla-ablation-step", "V1@RA_R=8", "--seed", "7", "--out", "cell", *FAST, cwd=tmp_path)
     assert again.returncode == 2 and "already holds this result" in again.stderr
     other = by_hand("--ra-mla-ablation-step", "V1@RA_R=4", "--seed", "7", "--out", "cell", *FAST, cwd=tmp_path)
     assert other.returncode == 2 and "already holds another cell: RA_R 8 -> 4" in other.stderr
+
+
+def test_a_cell_that_is_not_to_keep_its_model_has_none(tmp_path):
+    """Nor the one that an earlier try of the same cell left."""
+    (tmp_path / "cell").mkdir()
+    (tmp_path / "cell/model.pt").write_text("of an earlier try")
+    done = by_hand("--ra-mla-ablation-step", "V0", "--out", str(tmp_path / "cell"), "--set=SAVE_MODEL=n", *FAST)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "cell/metrics.json").read_text())["state"] == "done"
+    assert sorted(p.name for p in (tmp_path / "cell").iterdir()) == [".config", "metrics.json", "metrics.jsonl",
+                                                                     "provenance.json"]
+
+
+def prepared(folder, step, **symbols):
+    """A cell that starts from the trained V0 beside it."""
+    one = Study("gpt2-ra-ablation+tiny", overrides=[Assignment(n, v, "test") for n, v in symbols.items()]).resolve(step)
+    prepare(folder, Cell(step, "adamwspam", 1337, folder.name, one, "test_V0_adamwspam_none"))
+    return folder
+
+
+@pytest.mark.parametrize("state, what, run", [
+    ("done", "parent V0 is done, but its model is not in {}: SAVE_MODEL was off, or it was unpacked from an archive.",
+     "set SAVE_MODEL=y, move that folder away, then make RETRY=1."),
+    ("failed", "parent V0 has left no trained model in {}.", "make RETRY=1 once it has one."),
+])
+def test_a_parent_without_a_model_is_refused_with_what_to_do(tmp_path, dotconfig, state, what, run):
+    dotconfig(*TINY)
+    parent = expand(Study())[0]
+    finish(tmp_path, parent, state=state, reason=None if state == "done" else "it broke")
+    child = prepared(tmp_path / "test_V1_adamwspam_none", "V1", INIT_FROM_STEP="V0")
+    done = subprocess.run([sys.executable, str(ROOT / "gpt2/train_ra_mla.py"), "--cell", str(child)], capture_output=True,
+                          text=True)
+    assert (done.returncode, done.stderr) == (2, f"error: {what.format(tmp_path / parent.name)}\n  try: {run}\n")
 
 
 def test_dry_run():

@@ -13,7 +13,7 @@ from lib import checkpoint, loop, optimizers, runtime, tracking
 from lib.config import load
 from lib.data import open_corpus
 from lib.errors import UserError
-from tests.gpt2.conftest import V_STEPS
+from tests.gpt2.conftest import STEPS
 
 
 class StopAfter:
@@ -61,7 +61,7 @@ def numbers(row):
     return {k: v for k, v in json.loads(row).items() if "second" not in k and "time" not in k and "memory" not in k}
 
 
-@pytest.mark.parametrize("step", V_STEPS)
+@pytest.mark.parametrize("step", [*STEPS, "A0"])
 def test_resume_is_bit_exact(configuration, tmp_path, step):
     """9 steps straight equal 4 + stop + 2 + stop + 3, in weights, in every logged number, and across a momentum reset."""
     cfg = configuration(step, GPT2_MAX_ITERS=9, GPT2_EVAL_INTERVAL=3, GPT2_LOG_INTERVAL=2, SPAM_INTERVAL=5,
@@ -100,7 +100,7 @@ def test_training_seconds_carry_over(configuration, tmp_path):
 
 def test_every_step_sees_the_same_batches(configuration, tmp_path, monkeypatch):
     seen = {}
-    for step in V_STEPS:
+    for step in (*STEPS, "P0", "A0"):
         seen[step] = []
 
         def spy(*args, step=step, real=loop.train_batch):
@@ -111,6 +111,8 @@ def test_every_step_sees_the_same_batches(configuration, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(loop, "train_batch", spy)
             run(configuration(step, GPT2_MAX_ITERS=2, GPT2_GRADIENT_ACCUMULATION=2), tmp_path / step)
+    other = seen.pop("A0")  # the one step that sees others, because that is what it is for
+    assert len(other) == 4 and not {x for _, x, _ in other} & {x for _, x, _ in seen["V0"]}
     assert all(s == seen["V0"] for s in seen.values()) and len(seen["V0"]) == 4
     assert len({x for _, x, _ in seen["V0"]}) == 4
 
@@ -121,6 +123,16 @@ def test_evaluation_and_logging_do_not_disturb_training(configuration, tmp_path)
     quiet, _ = run(configuration("V6", **base), tmp_path / "a")
     busy, _ = run(configuration("V6", **base | {"GPT2_EVAL_INTERVAL": 1, "GPT2_LOG_INTERVAL": 1}), tmp_path / "b")
     assert same(quiet, busy)
+
+
+def test_controls_end_elsewhere_than_the_baseline_on_the_same_evaluation_set(configuration, tmp_path):
+    """A0 by chance alone, P0 because it has hardly moved."""
+    cfg = {"GPT2_MAX_ITERS": 6, "GPT2_WARMUP_STEPS": 0, "GPT2_LOG_INTERVAL": 1}
+    ended = {step: run(configuration(step, **cfg), tmp_path / step)[1] for step in ("V0", "A0", "P0")}
+    assert len({p.val_loss for p in ended.values()}) == 3 and len({p.eval_hash for p in ended.values()}) == 1
+    assert ended["P0"].val_loss > ended["V0"].val_loss + 0.2 > ended["A0"].val_loss
+    plain, tenth = ([r for r, in rows(tmp_path / step, "learning_rate") if r] for step in ("V0", "P0"))
+    assert tenth == pytest.approx([r / 10 for r in plain], rel=1e-12) and len(tenth) == 6
 
 
 def test_dropout_is_drawn_anew_each_step_and_from_the_seed(configuration, tmp_path, monkeypatch):
@@ -219,7 +231,8 @@ def test_metric_names(configuration, tmp_path):
     clock = {"iteration", "tokens", "train_seconds", "progress"}
     assert log == gates | clock | {"train_loss_step", "learning_rate", "forward_time_ms", "tokens_per_second",
                                    "steps_per_second", "grad_norm", "peak_memory_bytes"}
-    assert final == gates | clock | {"train_loss", "val_loss", "train_perplexity", "val_perplexity", "best_val_loss"}
+    layers = {f"{gate.removesuffix('_mean')}/layer{n}" for gate in gates if gate.endswith("_mean") for n in (0, 1)}
+    assert final == gates | layers | clock | {"train_loss", "val_loss", "train_perplexity", "val_perplexity", "best_val_loss"}
 
 
 def test_gates_move_in_training(configuration, tmp_path):

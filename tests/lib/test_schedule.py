@@ -13,7 +13,7 @@ from lib.schedule import Budget, learning_rate, tokens_per_iteration
 def config(**values):
     return SimpleNamespace(**{"GPT2_MAX_TIME": 0, "GPT2_MAX_ITERS": 0, "GPT2_MAX_TOKENS": 0, "BATCH_SIZE": 8,
                               "GPT2_GRADIENT_ACCUMULATION": 8, "GPT2_BLOCK_SIZE": 1024, "LEARNING_RATE": 6e-4,
-                              "GPT2_MIN_LR": 6e-5, "GPT2_WARMUP_STEPS": 200} | values)
+                              "GPT2_MIN_LR": 6e-5, "LEARNING_RATE_MULT": 1.0, "GPT2_WARMUP_STEPS": 200} | values)
 
 
 @pytest.mark.parametrize("values, budget", [
@@ -48,6 +48,16 @@ def test_progress_counts_what_the_budget_is_made_of(budget, iterations, seconds,
 ])
 def test_the_rate_at_the_edges(warmup, iteration, progress, rate):
     assert learning_rate(config(GPT2_WARMUP_STEPS=warmup), iteration, progress) == pytest.approx(rate, rel=1e-12)
+
+
+@pytest.mark.parametrize("multiple", [0.1, 0.5, 2.0, 0.0])
+def test_the_multiplier_scales_the_whole_schedule_and_1_moves_no_bit(multiple):
+    """Peak, floor and warm-up alike. At 1 the rate is the one before there was a multiplier, to the last bit."""
+    for iteration, progress in [(0, 0.0), (50, 0.05), (199, 0.1), (300, 0.37), (999, 1.0)]:
+        plain, scaled = (learning_rate(config(LEARNING_RATE_MULT=m), iteration, progress) for m in (1.0, multiple))
+        assert scaled == pytest.approx(multiple * plain, rel=1e-12)
+        warmup = min(1.0, max((iteration + 1) / 200, progress / 0.1))
+        assert plain == warmup * (6e-5 + (6e-4 - 6e-5) * (0.5 * (1 + math.cos(math.pi * progress))))
 
 
 def test_warm_up_ends_after_its_steps_or_a_tenth_of_the_budget():

@@ -196,10 +196,10 @@ def test_self_restart_mixes_attention_and_the_values_of_the_same_position():
     _, ra = pair(exact=False, use_self_restart=True)
     torch.testing.assert_close(ra.rwr_alpha, torch.full((H,), 0.05))
     attended, values = torch.randn(2, H, 5, D), torch.randn(2, H, 5, D)
-    torch.testing.assert_close(ra.combine(attended, values), 0.95 * attended + 0.05 * values)
+    torch.testing.assert_close(ra.combine(attended, values, None), 0.95 * attended + 0.05 * values)
     with torch.no_grad():
         ra.restart_logit.fill_(float("-inf"))
-    assert torch.equal(ra.combine(attended, values), attended)
+    assert torch.equal(ra.combine(attended, values, None), attended)
     with torch.no_grad():
         ra.restart_logit.fill_(100.0)
     assert (ra.rwr_alpha <= 0.5).all()
