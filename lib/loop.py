@@ -2,9 +2,14 @@
 
 Contract: the budget counts seconds of training steps only; compile, evaluation, saving and the rest (start, logging,
 trackers) have clocks of their own, and every second of the process is on one of them. Data
-and dropout come from streams keyed by (seed, purpose, iteration), so the position in every stream is the iteration
-number, and a resumed run continues bit for bit. The loop knows no mechanism: a module that has `stats()` is logged,
-`gate_parameters` get their optimizer group, and that is all.
+and dropout come from streams keyed by (cell_seed, purpose, iteration), so the position in every stream is the iteration
+number, and a resumed run continues bit for bit.
+
+The loop knows no mechanism. What a module may offer, and nothing else is asked of it:
+- `stats()`: {metric name: tensor}, logged; a number in the module's dotted name is its layer.
+- `inactive()`: asked once, after the last evaluation; a sentence on why the mechanism never acted ("the coupling stayed
+  at 0 (delay of 75 steps)"), or None. What it goes by is in its state_dict, so that a resumed run knows it too.
+- `gate_parameters`: names of parameters with an optimizer group of their own (lib/optimizers).
 """
 
 import copy
@@ -22,7 +27,7 @@ from lib.config import identity_changes
 from lib.data import EvalSet, train_batch, unigram_entropy
 from lib.errors import UserError
 from lib.schedule import Budget, learning_rate, tokens_per_iteration
-from lib.streams import stream_seed
+from lib.streams import cell_seed, stream_seed
 
 COMPILE_WARMUP_STEPS = 3
 
@@ -45,6 +50,7 @@ class Progress:
     best_val_loss: float | None = None
     train_loss: float | None = None
     val_loss: float | None = None
+    inactive: str | None = None
     loss_sum: float = 0.0
     loss_count: int = 0
     eval_hash: str | None = None
@@ -99,7 +105,7 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
     gives a MetricsLog with its first `keep` rows; `stop.asked` ends the run after the current step. Raises Interrupted
     (after saving) and Diverged.
     """
-    device = clock.device
+    device, seed = clock.device, cell_seed(cfg)
     budget, per_iteration = Budget.from_config(cfg), tokens_per_iteration(cfg)
     eval_set = EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, cfg.BATCH_SIZE, cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
     data = {"train_hash": corpus.train.fingerprint(), "eval_hash": eval_set.hash}
@@ -111,7 +117,7 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
         resume(folder, identity, data, model, optimizer, progress, device)
     progress.eval_hash, progress.unigram_entropy = eval_set.hash, unigram_entropy(corpus.train, eval_set)
     log = open_log(progress.rows)
-    stats = [module for module in model.modules() if hasattr(module, "stats")]
+    stats = [(name, module) for name, module in model.named_modules() if hasattr(module, "stats")]
 
     def save_checkpoint():
         clock.switch("checkpoint")
@@ -120,7 +126,7 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
         checkpoint.save(folder / "checkpoint.pt", identity=identity, data=data, progress=vars(progress),
                         model=model.state_dict(), optimizer=optimizer.state_dict())
 
-    def evaluate_and_log():
+    def evaluate_and_log(last=False):
         nonlocal loss_sum, loss_count
         clock.switch("eval")
         progress.val_loss = evaluate(cfg, model, eval_set, device)
@@ -131,11 +137,13 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
         best = progress.best_val_loss
         if math.isfinite(progress.val_loss):
             progress.best_val_loss = progress.val_loss if best is None else min(best, progress.val_loss)
+        progress.inactive = inactive(model) if last else None
         log.row(iteration=progress.iteration, tokens=progress.iteration * per_iteration, train_seconds=clock.read("train"),
                 progress=budget.progress(progress.iteration, clock.read("train")),
                 train_loss=progress.train_loss, train_perplexity=perplexity(progress.train_loss),
                 val_loss=progress.val_loss, val_perplexity=perplexity(progress.val_loss),
-                best_val_loss=progress.best_val_loss, **gate_statistics(stats))
+                best_val_loss=progress.best_val_loss, **gate_statistics(stats, by_layer=True),
+                **({"inactive": progress.inactive} if progress.inactive else {}))
         if not math.isfinite(progress.val_loss):
             log.close()
             raise Diverged(f"the validation loss is {progress.val_loss} at iteration {progress.iteration}")
@@ -156,11 +164,11 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
         rate = learning_rate(cfg, progress.iteration, share)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_mult"]
-        torch.manual_seed(stream_seed(cfg.SEED, "dropout", progress.iteration))
+        torch.manual_seed(stream_seed(seed, "dropout", progress.iteration))
         logging = (progress.iteration + 1) % cfg.GPT2_LOG_INTERVAL == 0
         step_loss = torch.zeros((), dtype=torch.float64, device=device)
         for micro in range(cfg.GPT2_GRADIENT_ACCUMULATION):
-            batch = train_batch(corpus.train, cfg.SEED, progress.iteration, micro, cfg.BATCH_SIZE, cfg.GPT2_BLOCK_SIZE)
+            batch = train_batch(corpus.train, seed, progress.iteration, micro, cfg.BATCH_SIZE, cfg.GPT2_BLOCK_SIZE)
             x, y = to_device(batch, device)
             timer = ForwardTimer(device) if logging else None
             with runtime.autocast(cfg, device):
@@ -199,7 +207,7 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
             last_saved = time.monotonic()
             clock.switch("train")
 
-    evaluate_and_log()
+    evaluate_and_log(last=True)
     log.close()
 
 
@@ -271,18 +279,40 @@ def perplexity(loss: float | None) -> float | None:
 
 
 @torch.no_grad()
-def gate_statistics(modules) -> dict[str, float]:
-    """Mean, min, max and standard deviation of each statistic over all layers (and heads), in one transfer."""
+def gate_statistics(modules, by_layer: bool = False) -> dict[str, float]:
+    """Mean, min, max and standard deviation of each statistic over all layers (and heads), in one transfer.
+
+    `modules` are pairs of a dotted name and a module. `by_layer` adds the mean over each layer's heads as
+    "<statistic>/layer<number>", for modules that are in one.
+    """
     values: dict[str, list] = {}
-    for module in modules:
+    layers: dict[str, list] = {}
+    for where, module in modules:
+        layer = layer_number(where)
         for name, value in module.stats().items():
             values.setdefault(name, []).append(value.detach().float().flatten())
+            if by_layer and layer is not None:
+                layers.setdefault(f"{name}/layer{layer}", []).append(values[name][-1])
     found = {}
     for name, parts in values.items():
         joined = torch.cat(parts)
         found |= {f"{name}_mean": joined.mean(), f"{name}_min": joined.min(), f"{name}_max": joined.max(),
                   f"{name}_std": joined.std(unbiased=False)}
+    found |= {name: torch.cat(parts).mean() for name, parts in layers.items()}
     return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
+
+
+def layer_number(name: str) -> int | None:
+    """The layer a module is in: the first whole number in its dotted name, "transformer.h.3.attn" is in 3."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def inactive(model) -> str | None:
+    """Why a mechanism of the model never acted, in the words of the first module that says so, after its name."""
+    for name, module in model.named_modules():
+        if (ask := getattr(module, "inactive", None)) and (sentence := ask()):
+            return f"{name}: {sentence}" if name else sentence
+    return None
 
 
 class ForwardTimer:

@@ -1,7 +1,8 @@
 """metrics.json: the one record of a finished cell, and the marker that it is finished.
 
 Every record has all KEYS; what was not measured is null. `state` is done, diverged or failed, with a `reason` for the
-latter two. The file is strict JSON and the last file a cell writes.
+latter two. `inactive` says of a cell whose mechanism never acted within its budget why; it must not be compared. The file
+is strict JSON and the last file a cell writes.
 """
 
 import json
@@ -17,13 +18,16 @@ FORMAT = 1
 NAME = "metrics.json"
 STATES = ("done", "diverged", "failed")
 KEYS = (
-    "format", "state", "reason", "study", "step", "optimizer", "seed", "identity",
+    "format", "state", "reason", "inactive", "study", "step", "optimizer", "seed", "identity",
     "val_loss", "val_perplexity", "best_val_loss", "train_loss",
     "iterations", "tokens", "train_seconds", "tokens_per_second", "budget_progress",
     "compile_seconds", "eval_seconds", "checkpoint_seconds", "other_seconds", "resumed",
     "parameters", "sizes", "kv_cache_bytes", "peak_memory_bytes",
     "data", "environment", "configuration", "started", "finished",
 )
+
+
+MEASURED = ("val_loss", "tokens", "train_seconds")  # what every finished cell knows
 
 
 def write(folder: Path, provenance: dict, state: str, reason: str | None = None, **measured) -> dict:
@@ -64,10 +68,10 @@ def _finite(text: str) -> float:
 
 
 def _well_formed(record) -> bool:
-    """Whether a reader may rely on the record: its state, its identity, and a loss where it is done."""
+    """Whether a reader may rely on the record: its state, its identity, and its loss and cost where it is done."""
     if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("state") not in STATES:
         return False
     identity = record.get("identity")
     if not isinstance(identity, dict) or not all(isinstance(identity.get(part), dict) for part in ("set", "default")):
         return False
-    return record["state"] != "done" or isinstance(record.get("val_loss"), int | float)
+    return record["state"] != "done" or all(isinstance(record.get(key), int | float) for key in MEASURED)

@@ -1,15 +1,35 @@
-"""The machine under a cell: device, threads, precision, memory, and the record of all that in metrics.json."""
+"""The machine under a cell: device, threads, precision, memory, and the record of all that in metrics.json.
+
+The record also names the code: a hash of every source file that makes numbers, so that a reader can tell cells that ran
+different code from cells that did not. Files that cannot move a number are left out, or mending a report would set cells
+apart that are equal.
+"""
 
 import contextlib
 import hashlib
 import platform
+import re
 import resource
 from functools import cache
+from pathlib import Path
 
 import torch
 
 from lib.errors import UserError
 from lib.paths import ROOT
+
+# What makes no number, files and packages. A module that is not listed counts; when in doubt, list nothing.
+MAKES_NO_NUMBER = (
+    # Reads results afterwards.
+    "lib/anytime.py", "lib/arms.py", "lib/bundle.py", "lib/claims.py", "lib/design.py", "lib/gates.py", "lib/looks.py",
+    "lib/report", "lib/simulation.py", "lib/stats.py", "lib/verdicts.py",
+    # Plans and launches: what came of it is in the cell's configuration.
+    "lib/cells.py", "lib/launch.py", "lib/plan.py", "lib/tables.py", "lib/tuning.py",
+    # Judges mechanisms without training; makes data sets, which are recorded by their own hashes.
+    "gpt2/laws.py", "lib/data/prepare.py", "lib/data/shards.py",
+)
+# The same for modules that a cell does import: where fragments lie, and how errors are worded.
+IMPORTED_BUT_MAKES_NO_NUMBER = ("lib/errors.py", "lib/steps.py")
 
 
 def setup(cfg) -> torch.device:
@@ -47,24 +67,47 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def sources(root: Path = ROOT) -> dict[str, str]:
+    """{path from the project's root: first 12 hex digits of its sha256} of the Python files that make numbers.
+
+    What a configuration says is recorded with it, so Kconfig files and step fragments are none of them.
+    """
+    left_out = MAKES_NO_NUMBER + IMPORTED_BUT_MAKES_NO_NUMBER
+    found = {}
+    for path in sorted(p for folder in ("gpt2", "lib") for p in (root / folder).rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if not any(name == one or name.startswith(f"{one}/") for one in left_out):
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return found
+
+
+def source_hash(files: dict[str, str]) -> str:
+    """One hash of all that `sources` found."""
+    return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in files.items()).encode()).hexdigest()[:16]
+
+
 @cache
-def source_hash() -> str:
-    """Hash of the code that makes numbers: Python and Kconfig files of gpt2/ and lib/."""
-    digest = hashlib.sha256()
-    for path in sorted(p for d in ("gpt2", "lib") for p in (ROOT / d).rglob("*") if p.suffix == ".py" or p.name == "Kconfig"):
-        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+def processor() -> str:
+    """The name of the CPU's model, or of its architecture where the system does not say."""
+    try:
+        named = re.search(r"^model name[ \t]*:[ \t]*(\S.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:  # not Linux
+        named = None
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def environment(cfg, device: torch.device) -> dict:
-    """What a reader needs to know to believe a comparison."""
+    """What a reader needs to know to believe a comparison. Taken before training, while the files are those that run."""
+    files = sources()
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "device_type": device.type,
         "precision": precision(cfg, device),
         "compile": cfg.GPT2_COMPILE,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "source_hash": source_hash(),
+        "world_size": 1,
+        "source_hash": source_hash(files),
+        "sources": files,
     }

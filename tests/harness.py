@@ -21,10 +21,13 @@ MEASURED = {
     "tokens": 256_000, "train_seconds": 20.0, "tokens_per_second": 12_800.0, "budget_progress": 1.0,
     "compile_seconds": 0.0, "eval_seconds": 61.0, "checkpoint_seconds": 0.1, "other_seconds": 2.0, "resumed": 0,
     "parameters": 453_632, "sizes": {}, "kv_cache_bytes": 4096, "peak_memory_bytes": 300 * 2 ** 20,
-    "data": {"name": "pystdlib", "tokenizer": "bytes", "train_tokens": 9_000_000, "eval_hash": "0123456789abcdef",
-             "unigram_entropy": 3.25},
-    "environment": {"device": "a CPU", "precision": "float32", "torch": "2.13.0", "compile": False, "threads": 1},
-    "configuration": {}, "started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:01:00+00:00",
+    "data": {"name": "pystdlib", "tokenizer": "bytes", "train_tokens": 9_000_000, "train_hash": "fedcba9876543210",
+             "eval_hash": "0123456789abcdef", "unigram_entropy": 3.25},
+    "environment": {"device": "a CPU", "precision": "float32", "torch": "2.13.0", "compile": False, "threads": 1,
+                    "world_size": 1, "source_hash": "0123",
+                    "sources": {"lib/loop.py": "0123456789ab", "gpt2/model.py": "ba9876543210"}},
+    "configuration": {"BATCH_SIZE": 8, "GPT2_GRADIENT_ACCUMULATION": 1, "GPT2_BLOCK_SIZE": 128, "GPT2_MAX_ITERS": 250},
+    "started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:01:00+00:00",
 }
 
 

@@ -37,6 +37,18 @@ def test_a_finished_record_reads_back(tmp_path):
     assert results.read(tmp_path) == record and record["val_loss"] == 3.0 and record["reason"] is None
 
 
+def test_why_a_mechanism_never_acted_is_part_of_a_finished_record(tmp_path):
+    record = written(tmp_path, "done", inactive="h.0.attn: the coupling stayed at 0", **MEASURED)
+    assert record["inactive"] == results.read(tmp_path)["inactive"] == "h.0.attn: the coupling stayed at 0"
+
+
+def test_a_record_of_before_a_key_reads_back_with_null(tmp_path):
+    record = written(tmp_path, "done", **MEASURED)
+    del record["inactive"]
+    (tmp_path / "metrics.json").write_text(json.dumps(record))
+    assert results.read(tmp_path)["state"] == "done" and results.read(tmp_path)["inactive"] is None
+
+
 def test_nan_and_infinity_become_null_also_deep_inside(tmp_path):
     record = written(tmp_path, "diverged", "loss nan", val_loss=math.nan, best_val_loss=math.inf, train_loss=-math.inf,
                      tokens=5, data={"name": "x", "unigram_entropy": math.nan}, sizes={"a": [1, math.inf], "b": (2.5, None)})
@@ -58,8 +70,8 @@ def test_no_file_is_no_record(tmp_path):
     assert results.read(tmp_path) is None and results.read(tmp_path / "nowhere") is None
 
 
-GOOD = json.dumps(dict.fromkeys(results.KEYS) | {"format": 1, "state": "done", "val_loss": 3.5,
-                                                 "identity": {"set": {}, "default": {}, "hash": "0"}})
+GOOD = json.dumps(dict.fromkeys(results.KEYS) | {"format": 1, "state": "done", "val_loss": 3.5, "tokens": 9,
+                                                 "train_seconds": 1.5, "identity": {"set": {}, "default": {}, "hash": "0"}})
 
 
 @pytest.mark.parametrize("text, reason", [
