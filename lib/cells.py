@@ -16,6 +16,7 @@ from lib import results
 from lib.config import Resolved, Study, identity_changes, sealed
 from lib.errors import UserError
 
+FINISHED = ("done", "diverged")  # states in which a cell has a result
 MAX_COUNTED_SEEDS = 100
 SEED_LIMIT = 2 ** 31  # SEED in Kconfig ends below it
 LONGEST_NAME = 240  # file systems end at 255, and the archive adds a number
@@ -72,15 +73,26 @@ def folder_name(step: str, optimizer: str, pruning: str, seed: int, base: int) -
     return name
 
 
-def expand(study: Study, seeds: str | None = None) -> list[Cell]:
-    """All cells of a study in the order they run: seed by seed, so that an interrupted study is balanced."""
+def steps_of(study: Study) -> list[str]:
+    """The steps of a study: ABLATION_STEPS, and those of CONTROL_STEPS that are not among them."""
     steps = study.config.ABLATION_STEPS.split()
     if not steps:
         raise UserError("the study has no steps.", "set ABLATION_STEPS in make menuconfig (make list-steps lists them).")
     if len(set(steps)) != len(steps):
         raise UserError(f"ABLATION_STEPS='{' '.join(steps)}' names a step twice.", "name every step once.")
+    return list(dict.fromkeys(steps + study.config.CONTROL_STEPS.split()))
+
+
+def seeds_of(study: Study) -> list[int]:
+    """The seeds that the study's configuration plans, in order."""
+    return parse_seeds(study.config.SEEDS, study.config.SEED)
+
+
+def expand(study: Study, seeds: list[int] | None = None, steps: list[str] | None = None) -> list[Cell]:
+    """All cells of a study (or of these seeds and steps) in the order they run: seed by seed, so that an interrupted
+    study is balanced."""
+    steps = steps_of(study) if steps is None else steps
     base = study.config.SEED
-    numbers = parse_seeds(seeds or study.config.SEEDS, base)
     columns = []
     for optimizer in study.config.OPTIMIZERS.split() or [None]:
         resolved = {step: study.resolve(step, optimizer) for step in steps}
@@ -92,7 +104,7 @@ def expand(study: Study, seeds: str | None = None) -> list[Cell]:
         for step in steps:
             columns.append((step, _with_parents(step, resolved), resolved.get(resolved[step].config.INIT_FROM_STEP)))
     cells = []
-    for seed in numbers:
+    for seed in seeds_of(study) if seeds is None else seeds:
         for step, one, parent in columns:
             def name(of, config, seed=seed):
                 return folder_name(of, config.OPTIMIZER, config.PRUNING, seed, base)
@@ -107,7 +119,7 @@ def _refuse_names(names: list[str]) -> None:
     if len(set(names)) != len(names):
         twice = next(n for n in names if names.count(n) > 1)
         raise UserError(f"two cells would share the folder {twice}.", "give their steps different overrides.")
-    longest = max(names, key=len)
+    longest = max(names, key=len, default="")
     if len(longest) > LONGEST_NAME:
         raise UserError(f"the folder name {longest[:40]}... has {len(longest)} characters, more than {LONGEST_NAME}.",
                         "put the overrides of that step into a step file of their own.")
@@ -134,12 +146,21 @@ def _with_parents(step: str, resolved: dict[str, Resolved], seen: tuple = ()) ->
 
 def baseline(study: Study) -> str:
     """The step that report and laws compare with."""
-    steps = study.config.ABLATION_STEPS.split()
+    steps = steps_of(study)
     name = study.config.BASELINE or steps[0]
     if name not in steps:
         raise UserError(f"BASELINE={name} is not one of the study's steps ({' '.join(steps)}).",
                         "set BASELINE to one of them, or to nothing for the first.")
     return name
+
+
+def other_seeds(study: Study, out: Path, seeds: list[int]) -> list[int]:
+    """Seeds that have left cells in `out` and are not among `seeds`."""
+    if not out.is_dir():
+        return []
+    endings = {re.search(r"(_s(\d{1,10}))?$", entry.name)[2] for entry in os.scandir(out) if entry.name.startswith("test_")}
+    found = {int(ending) if ending else study.config.SEED for ending in endings}
+    return sorted(seed for seed in found - set(seeds) if seed < SEED_LIMIT)
 
 
 def inspect(out: Path, cell: Cell) -> Status:

@@ -27,6 +27,8 @@ def reported():
         what, run = (" ".join(text.splitlines()) for text in (error.what, error.run))  # what was given may hold newlines
         print(f"error: {what}\n  try: {run}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe went away: `make plan | head`
         sys.stderr.close()
         sys.exit(1)

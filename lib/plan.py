@@ -7,13 +7,14 @@ running is not changed by a later one.
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lib import atomic
-from lib.cells import Cell, Status, baseline, expand, inspect
+from lib import atomic, design, looks, tuning
+from lib.cells import FINISHED, Cell, Status, baseline, expand, inspect, other_seeds, seeds_of, steps_of
 from lib.config import Study, environment_overrides, identity_changes
 from lib.errors import UserError
 from lib.kconfig import BUDGET, Assignment
@@ -25,17 +26,28 @@ SAFE_PATH = re.compile(r"[A-Za-z0-9_.+/-]+")
 
 @dataclass(frozen=True)
 class Options:
-    """What make's command line adds to the study."""
+    """What make's command line adds to the study. `until` is "decided" or nothing, `look` the number of seeds of the look
+    that such a run has just come from, `tune` asks for the learning-rate sweep instead of the study."""
 
     out: str = ""
     seeds: str = ""
     time: str = ""
     retry: bool = False
     steps: tuple[str, ...] = ()
+    until: str = ""
+    max_seeds: str = ""
+    look: str = ""
+    jobs: str = ""
+    tune: bool = False
 
 
 class Plan:
-    """The cells of a study with their states. `out` is the results folder."""
+    """The cells of a study with their states. `out` is the results folder.
+
+    `seeds` are those that verdicts wait for, in their order, `asked` those that make may run now; `cells` are those of
+    `seeds` and, once a learning-rate sweep is finished, of the tuned arms; `more` are finished cells of other seeds, which a
+    report must not leave out; `sweep` is the learning-rate sweep, if one was asked for or begun.
+    """
 
     def __init__(self, options: Options, study: str | None = None):
         overrides = environment_overrides()
@@ -44,12 +56,47 @@ class Plan:
             overrides.append(Assignment("GPT2_MAX_TIME", options.time, "command line TIME"))
         self.options = options
         self.study = Study(study, overrides=overrides)
-        self.cells = expand(self.study, options.seeds)
         baseline(self.study)  # a wrong BASELINE must not be found by the report, after the training
+        expand(self.study, [])  # nor a wrong value by its name in a folder's
         self.out = self._folder()
-        self.status = {cell.name: inspect(self.out, cell) for cell in self.cells}
+        self.status: dict[str, Status] = {}
+        self.recorded = design.read(self.out)
+        self.sweep = tuning.sweep(self.study, self.out) if options.tune or tuning.started(self.study, self.out) else None
+        self.undecided: list[str] = []  # arms that the last look left without a verdict
+        self._choose_seeds()
+        cells = list({cell.name: cell for cell in [*self.common, *self.tuned_cells]}.values())
+        planned = set(self.seeds)
+        self.cells = [cell for cell in cells if cell.seed in planned]
+        self.more = [cell for cell in cells if cell.seed not in planned and self.status[cell.name].state in FINISHED]
+        if self.sweep:
+            self.status |= self.sweep.status
         if options.out:
             self._refuse_conflicts()
+
+    def _choose_seeds(self) -> None:
+        """From what is asked for, what was promised and what is on disk: `asked`, `seeds`, `announced`, and their cells."""
+        self.asked, configured = looks.seeds_asked(self.study, self.options), seeds_of(self.study)
+        tuning.refuse_seed(self.study, self.asked)
+        promised = self.recorded[-1]["plan"]["seeds"] if self.recorded else []
+        every = list(dict.fromkeys([*promised, *self.asked, *configured]))
+        every += other_seeds(self.study, self.out, [*every, tuning.seed_of(self.study)])
+        self.common = self._inspected(expand(self.study, every))
+        tuned, self.tuned = tuning.tuned_cells(self.study, self.sweep, every) if self.sweep else ([], {})
+        self.tuned_cells = self._inspected(tuned)
+        finished = {cell.seed for cell in self.common if self.status[cell.name].state in FINISHED}
+        begun = [seed for seed in every if seed in finished]
+        promised = promised if begun else []  # a plan of which nothing is left, e.g. because the study was edited
+        anytime = design.test(self.recorded) == "anytime"
+        self.seeds = looks.seeds_planned(self.asked, configured, promised, anytime, finished)
+        # What the design on record holds: nothing that was promised is taken back, and stray results are owned up to.
+        self.announced = list(dict.fromkeys([*promised, *self.seeds, *begun]))
+        if self.options.until:
+            self.asked = looks.next_block(self)
+            self.seeds = list(dict.fromkeys([*(seed for seed in self.seeds if seed in finished), *self.asked]))
+
+    def _inspected(self, cells: list[Cell]) -> list[Cell]:
+        self.status |= {cell.name: inspect(self.out, cell) for cell in cells if cell.name not in self.status}
+        return cells
 
     def _folder(self) -> Path:
         study, options = self.study, self.options
@@ -71,7 +118,7 @@ class Plan:
         resolve = self.study.resolve
         try:
             changed = any(identity_changes(resolve(step, overrides=[]).identity, resolve(step).identity)
-                          for step in self.study.config.ABLATION_STEPS.split())
+                          for step in steps_of(self.study))
         except UserError:  # a study without a budget of its own
             changed = True
         return "".join(f"+{a.name}-{a.value}" for a in self.study.overrides) if changed else ""
@@ -95,17 +142,19 @@ class Plan:
         """Whether make would run this cell."""
         if not self.wants(cell):
             return False
+        if self.options.look.isdecimal() and int(self.options.look) >= len(self.asked):
+            return False  # the look that has just ended is not complete: the same cells would only end so again
         state = self.status[cell.name].state
         return state in RUNS or (state == "failed" and self.options.retry)
 
     def wants(self, cell: Cell) -> bool:
-        """Whether the cell was asked for: all are, unless steps were named."""
-        return not self.options.steps or cell.name in self._wanted
+        """Whether one of `rows` was asked for: all are, unless steps were named."""
+        return self.options.tune or not self.options.steps or cell.name in self._wanted
 
     @cached_property
     def _wanted(self) -> set[str]:
         """Cells of the steps that were asked for, and the cells they start from."""
-        steps = self.study.config.ABLATION_STEPS.split()
+        steps = steps_of(self.study)
         for step in self.options.steps:
             if step not in steps:
                 raise UserError(f"step {step} is not in study {self.study.name} ({' '.join(steps)}).",
@@ -120,10 +169,12 @@ class Plan:
         return wanted
 
     def write(self) -> Path:
-        """Archive stale cells and write OUT/cells.mk with what must run; returns its path."""
-        must_run = [cell for cell in self.cells if self.runs(cell)]
+        """Archive stale cells, put the design on record, and write OUT/cells.mk with what must run; returns its path."""
+        must_run = [cell for cell, _, runs in self.rows() if runs]
+        history = self.history()
         try:
             (self.out / "plan").mkdir(parents=True, exist_ok=True)
+            design.write(self.out, history)
             for cell in must_run:
                 if self.status[cell.name].state == "stale":
                     archive(self.out, cell.name)
@@ -139,7 +190,9 @@ class Plan:
         targets = {cell.name: f"{out}/{cell.name}/metrics.json" for cell in must_run}
         lines = ["# Written by the plan: the cells that must run. Make it anew with make; do not edit.",
                  "CELLS :=" + "".join(f" \\\n  {t}" for t in targets.values()),
-                 "all: $(CELLS)\n\t@:", ".PHONY: all FORCE", ".PRECIOUS: $(CELLS)"]
+                 f"all: $(CELLS)\n\t{self._afterwards(must_run)}", ".PHONY: all FORCE", ".PRECIOUS: $(CELLS)"]
+        if self.jobs > 1 and not re.search(r"(^| )(-j|--jobserver)", os.environ.get("MAKEFLAGS", "")):
+            lines.insert(1, f"MAKEFLAGS += -j{self.jobs}")
         stored: dict[int, Path] = {}
         for number, cell in enumerate(must_run, 1):
             if id(cell.resolved) not in stored:
@@ -149,6 +202,12 @@ class Plan:
                          f"--plan {stored[id(cell.resolved)]} --seed {cell.seed} --of {number}/{len(must_run)}"
                          + (f" --parent {cell.parent}" if cell.parent else ""))
         return "\n".join(lines) + "\n"
+
+    def _afterwards(self, must_run: list[Cell]) -> str:
+        """Under UNTIL=decided the next look follows, which adds a block of seeds if something is still undecided."""
+        if not self.options.until or not must_run:
+            return "@:"
+        return f"$(Q)$(MAKE) --no-print-directory cells LOOK={len(self.asked)}"
 
     def _store(self, cell: Cell) -> Path:
         """The seed-free configuration of a step, under its hash."""
@@ -163,7 +222,44 @@ class Plan:
         return path
 
     def rows(self) -> list[tuple[Cell, Status, bool]]:
-        return [(cell, self.status[cell.name], self.runs(cell)) for cell in self.cells]
+        """The cells that make may run now: the study's of the seeds asked for, or with `tune` those of the sweep."""
+        asked = set(self.asked)
+        cells = self.sweep.cells if self.options.tune else [cell for cell in self.cells if cell.seed in asked]
+        return [(cell, self.status[cell.name], self.runs(cell)) for cell in cells]
+
+    def found(self, cells: list[Cell]) -> list[tuple[Cell, Status]]:
+        """Of these cells, those that a report shows: the planned ones, and finished ones of other seeds."""
+        planned = set(self.seeds)
+        return [(cell, self.status[cell.name]) for cell in cells
+                if cell.seed in planned or self.status[cell.name].state in FINISHED]
+
+    def history(self) -> list[dict]:
+        """The designs on record, with what is configured and found now as the last, if that differs."""
+        arms = {f"{cell.step} {cell.optimizer}": cell.resolved.identity["hash"] for cell in self.common}
+        finished: dict = {}
+        for cell in self.common:
+            if self.status[cell.name].state in FINISHED:
+                finished.setdefault((cell.step, cell.optimizer), set()).add(cell.seed)
+        plan = design.content(baseline(self.study), arms, self.announced, self.study.config.MARGIN,
+                              "anytime" if self.options.until else "fixed", self.study.config.TUNE_LR if self.sweep else None)
+        return design.following(self.recorded, plan, max(map(len, finished.values()), default=0))
+
+    def comparisons(self) -> int:
+        """The size of the family of verdicts."""
+        return design.comparisons(self.history())
+
+    @cached_property
+    def jobs(self) -> int:
+        """Cells side by side: JOBS, or as many as there are cores for where cells are bound to threads of the CPU."""
+        given = self.options.jobs or str(self.study.config.JOBS)
+        if not given.isdecimal():
+            raise UserError(f"JOBS={given} is no number of cells.", "give a whole number, or make -jN.")
+        if int(given):
+            return int(given)
+        configs = [cell.resolved.config for cell in self.cells]
+        if not all(c.DEVICE == "cpu" and c.CPU_THREADS and not c.GPT2_MAX_TIME for c in configs):
+            return 1  # a neighbour would take training from a cell whose budget is seconds
+        return max(1, len(os.sched_getaffinity(0)) // max(c.CPU_THREADS for c in configs))
 
 
 def archive(out: Path, name: str) -> None:

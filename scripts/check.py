@@ -8,7 +8,7 @@ import os
 import sys
 import time
 
-from lib.cells import baseline
+from lib.cells import baseline, steps_of
 from lib.config import Study, announce, parse_step
 from lib.errors import UserError, reported
 from lib.steps import step_files, step_header, step_path
@@ -61,7 +61,7 @@ def main() -> int:
     get = os.environ.get
     study = Study(get("STUDY") or None)
     announce(study)
-    steps = args.steps or (list(step_files()) if get("ALL", "") not in ("", "0") else study.config.ABLATION_STEPS.split())
+    steps = args.steps or (list(step_files()) if get("ALL", "") not in ("", "0") else steps_of(study))
     return check_steps(study, steps, get("FULL", "") not in ("", "0"))
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from lib import atomic
+from lib.cells import steps_of
 from lib.config import Study, defconfig_names
 from lib.errors import UserError, reported
 from lib.kconfig import SET, UNSET, Schema, read_layer
@@ -26,7 +27,7 @@ def defconfig(name: str) -> None:
     if path.exists():
         atomic.write_bytes(path.with_name(path.name + ".old"), path.read_bytes())
     atomic.write_text(path, study.text())
-    steps = study.config.ABLATION_STEPS
+    steps = " ".join(steps_of(study))
     print(f"{shown(path)} is now {name}: steps {steps}")
 
 

@@ -19,7 +19,8 @@ def goals() -> None:
             print(f"  {name.replace('%', 'NAME'):17} {text}")
     print("""
 One step: make V3. Overrides: GPT2_MAX_TIME=7200 make, make SEEDS=3, make OUT=folder, make TIME=60.
-Also: -jN runs N cells side by side, V=1 shows commands, V=2 reasons, RETRY=1 runs failed cells again.""")
+Until every step has a verdict: make UNTIL=decided MAX_SEEDS=16.
+Also: -jN or JOBS=N runs N cells side by side, V=1 shows commands, V=2 reasons, RETRY=1 runs failed cells again.""")
 
 
 def first_comment(path: Path) -> str:

@@ -1,13 +1,16 @@
 """Show which cells of the configured study exist, which would run, and why; with --write, prepare make to run them.
 
-make's variables arrive in the environment: KABLATE_OUT, KABLATE_SEEDS, KABLATE_TIME (OUT=, SEEDS=, TIME= on make's
-command line), RETRY, and the budgets GPT2_MAX_TIME, GPT2_MAX_ITERS, GPT2_MAX_TOKENS.
+make's variables arrive in the environment: KABLATE_OUT, KABLATE_SEEDS, KABLATE_TIME, KABLATE_UNTIL, KABLATE_MAX_SEEDS,
+KABLATE_JOBS (OUT=, SEEDS=, TIME=, UNTIL=, MAX_SEEDS=, JOBS= on make's command line), RETRY, and the budgets
+GPT2_MAX_TIME, GPT2_MAX_ITERS, GPT2_MAX_TOKENS.
 """
 
 import argparse
 import os
+import pkgutil
 import sys
 
+from lib import design
 from lib.config import announce
 from lib.errors import reported
 from lib.paths import shown
@@ -15,11 +18,22 @@ from lib.plan import Options, Plan
 from lib.tables import table
 
 
-def options_from_environment(steps=()) -> Options:
-    """What make's command line added, as make hands it on."""
+def options_from_environment(steps=(), tune: bool = False) -> Options:
+    """What make's command line added, as make hands it on. A learning-rate sweep has no looks."""
     get = os.environ.get
     return Options(get("KABLATE_OUT", ""), get("KABLATE_SEEDS", ""), get("KABLATE_TIME", ""),
-                   get("RETRY", "") not in ("", "0", "n"), tuple(steps))
+                   get("RETRY", "") not in ("", "0", "n"), tuple(steps), "" if tune else get("KABLATE_UNTIL", ""),
+                   get("KABLATE_MAX_SEEDS", ""), get("KABLATE_LOOK", ""), get("KABLATE_JOBS", ""), tune)
+
+
+def warnings(plan: Plan) -> list[str]:
+    """What cannot act inside its budget, a sentence each, with the steps it holds for."""
+    said: dict[str, list[str]] = {}
+    for cell, _, _ in plan.rows():
+        for sentence in pkgutil.resolve_name(cell.resolved.config.WARNINGS)(cell.resolved.config):
+            steps = said.setdefault(sentence, [])
+            steps += [] if cell.step in steps else [cell.step]
+    return [f"{' '.join(steps)}: {sentence}" for sentence, steps in said.items()]
 
 
 def check_data(plan: Plan) -> None:
@@ -35,27 +49,44 @@ def check_data(plan: Plan) -> None:
         open_corpus(config)
 
 
+def described(plan: Plan) -> str:
+    """The design in force, with the hash it is on record with."""
+    last = plan.history()[-1]
+    return f"plan {last['hash']}: {design.sentence(last['plan'])}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.plan", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="*", help="only these steps, and those they start from")
     parser.add_argument("--write", action="store_true", help="write OUT/cells.mk and print its path")
     parser.add_argument("--reasons", action="store_true", help="with --write: say for each cell why it runs or not")
+    parser.add_argument("--tune", action="store_true", help="plan the learning-rate sweep of make tune-lr instead")
     args = parser.parse_args()
-    plan = Plan(options_from_environment(args.steps))
+    plan = Plan(options_from_environment(args.steps, args.tune))
     announce(plan.study)
     rows = [[cell.name, status.state, "run" if runs else "keep", status.why] for cell, status, runs in plan.rows()]
     if not args.write:
         print(table(["cell", "state", "make will", "because"], rows), end="")
         print(f"{len(rows)} cells in {shown(plan.out)}, {sum(r[2] == 'run' for r in rows)} to run")
+        print(described(plan))
+        for sentence in warnings(plan):
+            print(f"note: {sentence}")
         return
     check_data(plan)
     path = plan.write()
     if args.reasons:
         print(table(["cell", "state", "now", "because"], rows), end="", file=sys.stderr)
     running = [r for r in rows if r[2] == "run"]
+    if plan.undecided:
+        end = "" if running else f", and {len(plan.asked)} seeds are the most (MAX_SEEDS=) or a cell has failed"
+        print(f"{plan.study.name}: undecided so far: {', '.join(plan.undecided)}{end}", file=sys.stderr)
     if running:
-        print(f"{plan.study.name}: {len(running)} of {len(rows)} cells to run in {shown(plan.out)}", file=sys.stderr)
+        side_by_side = f", {plan.jobs} side by side" if plan.jobs > 1 and len(running) > 1 else ""
+        print(f"{plan.study.name}: {len(running)} of {len(rows)} cells to run in {shown(plan.out)}{side_by_side}\n"
+              f"{described(plan)}", file=sys.stderr)
+        for sentence in warnings(plan):
+            print(f"note: {sentence}", file=sys.stderr)
     else:
         print(f"{plan.study.name}: nothing to run, {len(rows)} cells are in {shown(plan.out)}", file=sys.stderr)
     print(path)

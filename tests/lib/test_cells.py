@@ -98,7 +98,7 @@ def test_cells_come_seed_by_seed(study):
         ("V1", 1337, "adamwspam", "test_V1_adamwspam_none"), ("V0", 1337, "adamwspam", "test_V0_adamwspam_none"),
         ("V1", 5, "adamwspam", "test_V1_adamwspam_none_s5"), ("V0", 5, "adamwspam", "test_V0_adamwspam_none_s5")]
     assert [c.provenance()["identity"]["set"]["SEED"] for c in cells] == ["1337", "1337", "5", "5"]
-    assert len({c.name for c in expand(study("V1 V0"), "3")}) == 6, "the command line wins over the study"
+    assert len({c.name for c in expand(study("V1 V0"), [1, 2, 3])}) == 6, "seeds given win over the study's"
 
 
 def test_a_counted_seed_starts_at_the_base_seed(study):
