@@ -40,3 +40,8 @@ def count(number: float) -> str:
         if abs(number) >= size:
             return f"{number / size:.1f}{unit}"
     return f"{number:g}"
+
+
+def plural(number: int, noun: str) -> str:
+    """'1 seed', '3 seeds'."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")

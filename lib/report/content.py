@@ -1,0 +1,273 @@
+"""The content of a report as one JSON dict: what report.json holds, and all that the other forms of it show.
+
+Everything is read from the cells' folders and the design on record. Missing values are null; losses are in nats. A study
+has one family of verdicts for its steps at their common rates and, once a learning-rate sweep is finished, a second one
+for its steps at their best rates; each family holds the error rate of the plan.
+"""
+
+import json
+import math
+from pathlib import Path
+from statistics import fmean, stdev
+
+import numpy as np
+
+from lib import anytime, design, stats
+from lib.arms import Group, compare, group, reference, refuse_copies
+from lib.tables import plural
+from lib.verdicts import Comparison
+
+FORMAT = 1
+MEANS = ("val_loss", "val_perplexity", "best_val_loss", "train_loss", "tokens", "train_seconds", "tokens_per_second",
+         "parameters", "peak_memory_bytes", "kv_cache_bytes")
+UNRESOLVED = ("failed", "diverged", "stale", "interrupted")  # states whose reason a reader must be told
+
+
+def content(plan) -> dict:
+    """The report of a plan's study. UserError if two folders hold the same cell."""
+    refuse_copies(plan)
+    history, sweep = plan.history(), _sweep(plan)
+    test, later = design.test(history), design.later_seeds(history)
+    order = list(dict.fromkeys([*plan.seeds, *(cell.seed for cell in plan.more)]))
+    steps, compared = [], {}
+    for cells, tuned in ((plan.common, None), (plan.tuned_cells, plan.tuned)):
+        if not cells:
+            continue
+        groups = group(plan.study, plan.found(cells), tuned)
+        comparisons = compare(plan.study, groups, order, test, comparisons=0 if tuned else design.comparisons(history))
+        compared |= comparisons
+        steps += [_step(plan, groups, one, comparisons.get(one.name), later, test) for one in groups]
+    records = [s.record for c, s in plan.found(plan.common) if s.state == "done"]
+    base = next(step for step in steps if step["is_baseline"])
+    overrides = ", ".join(f"{a.name}={a.value}" for a in plan.study.overrides)
+    last = history[-1]
+    return {
+        "format": FORMAT, "study": plan.study.name, "title": plan.study.name + (f" with {overrides}" if overrides else ""),
+        "baseline": base["name"], "margin": plan.study.config.MARGIN,
+        "plan": {"hash": last["hash"], "written": last["written"], "test": test, "metric": design.METRIC,
+                 "error_rate": design.ERROR_RATE, "seeds": plan.seeds,
+                 "comparisons": design.comparisons(history), "later_seeds": [s for s in order if s in later],
+                 "max_seeds": len(last["plan"]["seeds"]) if test == "anytime" else None,
+                 "sentence": design.sentence(last["plan"]), "on_record": history == plan.recorded},
+        "complete": all(cell["state"] in ("done", "diverged") for step in steps for cell in step["cells"]),
+        "steps": steps, "sweep": sweep, "noise": _noise(base, steps),
+        "environment": records[0]["environment"] if records else None, "data": records[0]["data"] if records else None,
+        "outside_budget": _outside_budget(records),
+        "notes": _notes(plan, history, steps, compared, sweep or []),
+        "control_failures": [f for s in steps if (f := control_failure(s["name"], s["control"], compared.get(s["name"])))],
+    }
+
+
+def _step(plan, groups: list[Group], one: Group, comparison: Comparison | None, later: list[int], test: str) -> dict:
+    base = reference(plan.study, groups, one)
+    records = {cell.seed: status.record for cell, status in one.cells if status.state == "done"}
+    config = one.cells[0][0].resolved.config.as_json()
+    other = base.cells[0][0].resolved.config.as_json()
+    states = [status.state for _, status in one.cells]
+    curves = {seed: _rows(plan.out / cell.name) for (cell, status) in one.cells if (seed := cell.seed) in records}
+    return {
+        "name": one.name, "step": one.step, "optimizer": one.optimizer, "help": one.help,
+        "is_baseline": comparison is None, "control": one.control, "tuned": one.tuned,
+        "states": {state: states.count(state) for state in dict.fromkeys(states)},
+        "seeds_done": len(records), "seeds_planned": len(one.cells), "mean": _means(list(records.values())),
+        "comparison": comparison and _comparison(plan, one, base, comparison, test),
+        "configuration": config, "differs": {k: [other[k], config[k]] for k in config if config[k] != other[k]},
+        "curves": [_curve(seed, rows) for seed, rows in sorted(curves.items())],
+        "gates_by_layer": [gate for seed, rows in sorted(curves.items()) for gate in _gates(seed, rows)],
+        "cells": [{"name": cell.name, "seed": cell.seed, "state": status.state, "why": status.why, "later": cell.seed in later,
+                   **{key: status.record[key] if status.record else None
+                      for key in ("val_loss", "train_seconds", "tokens_per_second", "peak_memory_bytes", "finished")}}
+                  for cell, status in one.cells],
+    }
+
+
+def _means(records: list[dict]) -> dict:
+    """Means over finished seeds; null where a seed has none, e.g. a perplexity too large for a float."""
+    found = {}
+    for key in MEANS:
+        known = [r[key] for r in records if r[key] is not None]
+        found[key] = fmean(known) if known and len(known) == len(records) else None
+    found["parameters"] = records[0]["parameters"] if records else None
+    found["val_loss_sd"] = stdev(r["val_loss"] for r in records) if len(records) > 1 else None
+    return found
+
+
+def _comparison(plan, one: Group, base: Group, c: Comparison, test: str) -> dict:
+    e = c.estimate
+    found = {"word": c.word, "sentence": c.sentence, "method": e and e.method, "n": e and e.n,
+             "n_baseline": e and e.n_reference, "difference": e and e.difference, "low": e and e.low, "high": e and e.high,
+             "p": e and e.p, "p_holm": c.p_holm, "p_sign_flip": c.p_sign_flip, "sign_flip_floor": c.sign_flip_floor,
+             "p_equivalence": c.p_equivalence, "detectable": c.detectable, "seeds_needed": c.seeds_needed,
+             "correlation": c.correlation, "by_seed": {str(seed): d for seed, d in c.by_seed.items()}, "gates": c.gates,
+             "equal_tokens": None, "equal_seconds": None, "speed": None}
+    if c.by_seed:
+        arms = ({cell.seed: (cell.name, status.record) for cell, status in arm.cells if cell.seed in c.by_seed}
+                for arm in (one, base))
+        found |= views(plan.out, *arms, test)
+    return found
+
+
+def views(out: Path, arm: dict, base: dict, test: str) -> dict:
+    """Loss at equal tokens and at equal training seconds, and the ratio of tokens/s, over the seeds both have.
+
+    They describe; no verdict rests on them. Their 95 % intervals are each on its own, and as valid under looks as `test`.
+
+    Both are {seed: (folder name, record)}. The arm that went further is read off its evaluations, in a straight line
+    between them; its schedule was not at its end there, which favours the other one.
+    """
+    estimator = anytime.estimate if test == "anytime" else stats.paired
+    at: dict[str, list] = {"tokens": [], "train_seconds": []}
+    for seed in sorted(arm.keys() & base.keys()):
+        rows = [_rows(out / name) for name, _ in (arm[seed], base[seed])]
+        for key, pairs in at.items():
+            where = min(arm[seed][1][key], base[seed][1][key])
+            losses = [_loss_at(one, key, where, record) for one, (_, record) in zip(rows, (arm[seed], base[seed]), strict=True)]
+            if None not in losses:
+                pairs.append((losses[0] - losses[1], where))
+    found = {}
+    for key, view in (("tokens", "equal_tokens"), ("train_seconds", "equal_seconds")):
+        estimate = estimator([d for d, _ in at[key]]) if at[key] else None
+        found[view] = estimate and {"difference": estimate.difference, "low": estimate.low, "high": estimate.high,
+                                    "n": estimate.n, "at": fmean(where for _, where in at[key])}
+    speeds = [(arm[s][1]["tokens_per_second"], base[s][1]["tokens_per_second"]) for s in sorted(arm.keys() & base.keys())]
+    if speeds and all(a and b for a, b in speeds):
+        ratio, low, high = stats.ratio(*zip(*speeds, strict=True), estimator)
+        found["speed"] = {"ratio": ratio, "low": low, "high": high, "n": len(speeds)}
+    return found
+
+
+def _loss_at(rows: list[dict], key: str, where: float, record: dict) -> float | None:
+    """Validation loss when `key` (tokens or training seconds) was at `where`."""
+    if where >= record[key]:
+        return record["val_loss"]
+    x = [row[key] for row in rows]
+    if not x or not x[0] <= where <= x[-1]:
+        return None
+    return float(np.interp(where, x, [row["val_loss"] for row in rows]))
+
+
+def _rows(folder: Path) -> list[dict]:
+    """The evaluations in a cell's metrics.jsonl, in order; lines that are damaged are left out."""
+    found = []
+    try:
+        with open(folder / "metrics.jsonl") as file:
+            for line in file:
+                if '"val_loss"' in line:
+                    try:
+                        row = json.loads(line)
+                        if all(isinstance(row[key], int | float) for key in ("val_loss", "tokens", "train_seconds")):
+                            found.append(row)
+                    except (ValueError, KeyError, TypeError):
+                        continue
+    except (OSError, UnicodeDecodeError):
+        pass  # curves are an extra: the numbers of the report are in metrics.json
+    return found
+
+
+def _curve(seed: int, rows: list[dict]) -> dict:
+    return {"seed": seed, "tokens": [row["tokens"] for row in rows], "seconds": [short(row["train_seconds"]) for row in rows],
+            "val_loss": [short(row["val_loss"]) for row in rows]}
+
+
+def _gates(seed: int, rows: list[dict]) -> list[dict]:
+    """Evolution of each statistic that modules logged by layer ("unified_ra_w_rec/layer0")."""
+    found = []
+    for name in sorted({key for row in rows for key in row if "/layer" in key}):
+        kept = [row for row in rows if isinstance(row.get(name), int | float)]
+        statistic, _, layer = name.partition("/layer")
+        if layer.isdecimal():
+            found.append({"seed": seed, "name": statistic, "layer": int(layer), "tokens": [row["tokens"] for row in kept],
+                          "value": [short(row[name]) for row in kept]})
+    return sorted(found, key=lambda gate: (gate["name"], gate["layer"]))
+
+
+def short(value: float) -> float:
+    """To six significant digits: a curve needs no more."""
+    return float(f"{value:.6g}")
+
+
+def _sweep(plan) -> list[dict] | None:
+    """The learning-rate sweep: final validation loss by step and multiple, the best one, whether that is at an end."""
+    if not plan.sweep:
+        return None
+    best, found = plan.sweep.best() or {}, []
+    for (step, optimizer), losses in plan.sweep.losses().items():
+        chosen = best.get((step, optimizer))
+        found.append({"step": step, "optimizer": optimizer, "best": chosen,
+                      "at_end": chosen is not None and chosen in (min(losses), max(losses)),
+                      "losses": {f"{m:g}": None if loss is None or math.isinf(loss) else loss for m, loss in losses.items()},
+                      "diverged": [f"{m:g}" for m, loss in losses.items() if loss is not None and math.isinf(loss)]})
+    return found
+
+
+def _noise(base: dict, steps: list[dict]) -> dict | None:
+    """The spread of the baseline over seeds, and of an A/A control against it if the study has one: the floor below which
+    a single run says nothing."""
+    sd, n = base["mean"]["val_loss_sd"], base["seeds_done"]
+    if sd is None:
+        return None
+    single = stats.single_run_difference(sd, n)
+    text = (f"{base['name']} over {plural(n, 'seed')} has a standard deviation of {sd:.4f} nats: two single runs of one and "
+            f"the same model differ by up to {single:.4f} in 95 % of cases")
+    found = {"sd": sd, "n": n, "single_run": single, "control": None, "control_sd": None}
+    for step in steps:
+        by_seed = (step["comparison"] or {}).get("by_seed") or {}
+        if step["control"] == "null" and step["tuned"] is None and len(by_seed) > 1:
+            found |= {"control": step["name"], "control_sd": stdev(by_seed.values())}
+            text += f"; the A/A control {step['name']} differs from it with a standard deviation of {found['control_sd']:.4f}"
+            break
+    return found | {"sentence": text}
+
+
+def _outside_budget(records: list[dict]) -> dict | None:
+    """Mean seconds of a finished cell by kind of work."""
+    kinds = ("train", "other", "compile", "eval", "checkpoint")
+    return {kind: fmean(r[f"{kind}_seconds"] for r in records) for kind in kinds} if records else None
+
+
+def _notes(plan, history: list[dict], steps: list[dict], compared: dict[str, Comparison], sweep: list[dict]) -> list[str]:
+    found, later = list(design.changes(history)), design.later_seeds(history)
+    if later:
+        text = f"seeds {' '.join(map(str, later))} were added after a look at the results"
+        if design.test(history) == "fixed":
+            text += f" of fewer than {design.FEWEST_SEEDS} seeds, from which no verdict could come"
+        elif design.in_force(history)[0]["plan"]["test"] == "fixed":
+            text += (", so all verdicts are by the anytime-valid test; what the first look claimed has spent an error rate of "
+                     "its own")
+        found.append(text)
+    for comparison in compared.values():
+        found += [f"{comparison.name} vs {comparison.reference}: {gate}" for gate in comparison.gates[1:]]
+    if sweep and all(entry["best"] == 1 for entry in sweep):
+        found.append("in the learning-rate sweep every step was best at the common rate")
+    for entry in sweep:
+        if entry["at_end"]:
+            found.append(f"{entry['step']}: the best learning rate, x{entry['best']:g}, is at the end of the sweep: "
+                         "widen TUNE_LR")
+    if sweep and any(entry["best"] is None for entry in sweep):
+        found.append("the learning-rate sweep is not finished, so no step is compared at its best rate")
+    found += [f"{step['name']} seed {cell['seed']}: {cell['state']}: {cell['why']}" for step in steps for cell in step["cells"]
+              if cell["state"] in UNRESOLVED]
+    for cell in plan.sweep.cells if plan.sweep else ():
+        if (status := plan.status[cell.name]).state in UNRESOLVED:
+            found.append(f"{cell.step} in the learning-rate sweep: {status.state}: {status.why}")
+    found += [f"control {step['name']} is to lose against {step['comparison']['sentence'].split(' vs ')[1].split(':')[0]}, "
+              "which these seeds do not show" for step in steps
+              if step["control"] == "harm" and step["comparison"] and step["comparison"]["word"] == "INCONCLUSIVE"]
+    return list(dict.fromkeys(found))
+
+
+def control_failure(name: str, control: str | None, comparison: Comparison | None) -> str | None:
+    """Why a declared control shows that the study's instrument is not to be trusted, if it does."""
+    expected = {"null": ("no difference from", ("BETTER", "WORSE", "NEGLIGIBLE")),
+                "harm": ("a loss against", ("BETTER", "NEGLIGIBLE", "EQUIVALENT")),
+                "gain": ("a gain over", ("WORSE",))}.get(control)
+    if not expected or comparison is None or comparison.word not in expected[1]:
+        return None
+    return f"control {name} should show {expected[0]} {comparison.reference}, but: {comparison.sentence}"
+
+
+def failures(plan) -> list[str]:
+    """Planned cells, and those of a learning-rate sweep, that ended without a result; the report's notes say why."""
+    cells = [cell for cell in plan.cells if plan.wants(cell)] + (plan.sweep.cells if plan.sweep else [])
+    return [f"{cell.step} seed {cell.seed} ({state})" for cell in cells
+            if (state := plan.status[cell.name].state) in ("failed", "interrupted")]

@@ -1,0 +1,125 @@
+"""The report as Markdown: what the terminal shows and report.md holds. Verdicts first, then what they rest on."""
+
+from lib.tables import count, duration, plural, table
+from lib.verdicts import signed
+
+
+def render(content: dict) -> str:
+    """The content of lib/report/content.py as Markdown."""
+    common = [s for s in content["steps"] if s["tuned"] is None]
+    tuned = [s for s in content["steps"] if s["tuned"] is not None]
+    parts = [f"# {content['title']}\n"]
+    parts += [f"**CONTROL FAILED: {failure}**\n" for failure in content["control_failures"]]
+    parts += [verdict_table(common, _against(common)), sentences(common)]
+    if tuned:
+        verdicts = plural(sum(not s["is_baseline"] for s in tuned), "verdict")
+        parts += [f"## At each step's best learning rate\n\nA family of {verdicts} of its own.\n",
+                  verdict_table(tuned, _against(tuned)), sentences(tuned)]
+    if content["sweep"]:
+        parts.append(sweep_table(content["sweep"]))
+    parts += ["## Cells\n", step_table(content["steps"]), "\n".join(f"- {line}" for line in facts(content)) + "\n"]
+    return "\n".join(part for part in parts if part)
+
+
+def _against(steps: list[dict]) -> str:
+    """What the differences are to: the baseline by its name, if there is one."""
+    names = [step["name"] for step in steps if step["is_baseline"]]
+    return names[0] if len(names) == 1 else "the baseline"
+
+
+def verdict_table(steps: list[dict], first: str) -> str:
+    """One row a step: the word, the difference at the end of the budget with its interval, and the two other views."""
+    rows = []
+    for step in steps:
+        c, mean = step["comparison"], step["mean"]
+        known = mean["val_loss"] is not None and (c is None or c["word"] != "INVALID")
+        loss = f"{mean['val_loss']:.4f}" if known else "-"
+        loss += f" ± {mean['val_loss_sd']:.4f}" if known and mean["val_loss_sd"] is not None else ""
+        seeds = f"{step['seeds_done']}/{step['seeds_planned']}"
+        rows.append([step["name"], c["word"] if c else "baseline", _interval(c), seeds, loss, _view(c, "equal_tokens"),
+                     _view(c, "equal_seconds"), speed(c)])
+    header = ["step", "verdict", f"to {first}, nats (95 %)", "seeds", "final val loss", "at equal tokens", "at equal seconds",
+              "tokens/s"]
+    return table(header, rows, "llrrrrrr")
+
+
+def _interval(c: dict | None) -> str:
+    if not c or c["difference"] is None:
+        return "-" if c else ""
+    return signed(c["difference"]) + (f" ({signed(c['low'])}..{signed(c['high'])})" if c["low"] is not None else "")
+
+
+def _view(c: dict | None, name: str) -> str:
+    if not c or not c[name]:
+        return "-" if c else ""
+    view = c[name]
+    return signed(view["difference"]) + (f" ± {view['high'] - view['difference']:.4f}" if view["high"] is not None else "")
+
+
+def speed(c: dict | None) -> str:
+    """The ratio of tokens/s to the baseline's, with half its interval: 'x0.981 ± 0.004'."""
+    if not c or not c["speed"]:
+        return "-" if c else ""
+    s = c["speed"]
+    half = "" if s["high"] is None else f" ± {(s['high'] - s['low']) / 2:.3f}"
+    return f"x{s['ratio']:.3f}{half}"
+
+
+def sentences(steps: list[dict]) -> str:
+    lines = []
+    for step in steps:
+        if c := step["comparison"]:
+            lines.append(f"- {c['sentence']}")
+            if c["p_sign_flip"] is not None and c["word"] in ("BETTER", "WORSE", "NEGLIGIBLE", "INCONCLUSIVE"):
+                lines[-1] += f" Sign-flip p {c['p_sign_flip']:.3g} (floor {c['sign_flip_floor']:.3g})" + (
+                    f", pairing correlation {c['correlation']:.2f}." if c["correlation"] is not None else ".")
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def sweep_table(sweep: list[dict]) -> str:
+    """The learning-rate sweep: final validation loss at each multiple of the step's rate."""
+    multiples = sorted({m for entry in sweep for m in entry["losses"]}, key=float)
+    rows = [[f"{e['step']} {e['optimizer']}",
+             *("diverged" if m in e["diverged"] else _shown(e["losses"].get(m), "{:.4f}".format) for m in multiples),
+             "-" if e["best"] is None else f"x{e['best']:g}"] for e in sweep]
+    header = ["step", *(f"x{m}" for m in multiples), "best"]
+    return "## Learning-rate sweep\n\n" + table(header, rows, "l" + "r" * (len(header) - 1))
+
+
+def step_table(steps: list[dict]) -> str:
+    """What each arm cost, means over finished seeds, and the states of its cells."""
+    rows = []
+    for step in steps:
+        mean, states = step["mean"], step["states"]
+        state = next(iter(states)) if len(states) == 1 else ", ".join(f"{n} {s}" for s, n in states.items())
+        rows.append([step["name"], _shown(mean["val_perplexity"], "{:.2f}".format), _shown(mean["tokens"], count),
+                     _shown(mean["train_seconds"], duration), _shown(mean["tokens_per_second"], count),
+                     _shown(mean["parameters"], "{:,}".format),
+                     _shown(mean["peak_memory_bytes"], lambda value: f"{value / 2 ** 20:.0f} MiB"), state])
+    header = ["step", "perplexity", "tokens", "training", "tokens/s", "parameters", "peak memory", "state"]
+    return table(header, rows, "lrrrrrrl")
+
+
+def _shown(value, form) -> str:
+    return "-" if value is None else form(value)
+
+
+def facts(content: dict) -> list[str]:
+    """What a reader must know besides the tables, a line each."""
+    plan, noise, data, machine = (content[key] for key in ("plan", "noise", "data", "environment"))
+    spent = content["outside_budget"]
+    written = plan["written"][:16].replace("T", " ") if plan["on_record"] else "not on record yet"
+    found = [f"plan {plan['hash']} ({written}): {plan['sentence']}",
+             f"error rate: at most {100 * plan['error_rate']:g} % for any false BETTER, WORSE or NEGLIGIBLE in a family, "
+             + ("however often it is looked at" if plan["test"] == "anytime" else "at the planned number of seeds")]
+    found += [noise["sentence"]] if noise else []
+    if data:
+        found.append(f"data: {data['name']}, {data['tokenizer']} tokens, {count(data['train_tokens'])} for training, "
+                     f"evaluation set {data['eval_hash'][:12]}; unigram entropy {data['unigram_entropy']:.3f} nats")
+    if machine:
+        found.append(f"machine: {machine['device']}, {machine['precision']}, torch {machine['torch']}, compile "
+                     f"{'on' if machine['compile'] else 'off'}, {plural(machine['threads'], 'thread')}")
+    if spent:
+        found.append(f"a cell's training {duration(spent['train'])}; outside the budget: start and logging "
+                     f"{duration(spent['other'])}, compile {duration(spent['compile'])}, evaluation {duration(spent['eval'])}")
+    return found + content["notes"]
