@@ -1,0 +1,694 @@
+"""make pack and make unpack: what travels, what counts as done where it arrives, and what is refused without a trace."""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from lib import bundle, design, results
+from lib.bundle import pack, unpack
+from lib.cells import Cell, expand
+from lib.config import Study
+from lib.kconfig import Schema
+from lib.launch import prepare
+from lib.plan import Options, Plan
+from tests.harness import ROOT, TINY, finish, refusal, run, snapshot
+
+SCHEMA = Schema()
+FOREIGN = "get an archive that make pack has written; nothing was unpacked."
+DAMAGED = "check the path, or copy the archive anew; nothing was unpacked."
+V0, V1 = "test_V0_adamwspam_none", "test_V1_adamwspam_none"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Waits for the disk prove nothing here."""
+    monkeypatch.setattr(os, "sync", lambda: None)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture
+def machine(dotconfig, tmp_path):
+    """machine("a", ...): the study as configured on machine a, with results in a/; returns its Plan."""
+    def configure(name, *assignments, steps="V0 V1", seeds="1337", study="a study"):
+        dotconfig(*TINY, f'ABLATION_STEPS="{steps}"', f'SEEDS="{seeds}"', f'OUTPUT_DIR="{tmp_path / name}"', f'STUDY="{study}"',
+                  *assignments)
+        return Plan(Options())
+    return configure
+
+
+def logs(out, *cells):
+    """The files that a cell's process leaves besides its record, and some that must not travel."""
+    for cell in cells:
+        (out / cell.name / "metrics.jsonl").write_text(f'{{"iteration": {cell.seed}}}\n')
+        (out / cell.name / "training.log").write_text(f"{cell.name} trained\n")
+        for name in ("model.pt", "checkpoint.pt", ".lock", "kvsplice_V1.pt", "notes.txt"):
+            (out / cell.name / name).write_text("stays here")
+
+
+def finished(plan, *cells, **measured):
+    finish(plan.out, *(cells or plan.cells), **measured)
+    logs(plan.out, *(cells or plan.cells))
+
+
+def states(plan):
+    return {cell.name: (status.state, status.why) for cell, status, _ in Plan(plan.options).rows()}
+
+
+DONE = ("done", "its result is on disk")
+
+
+def contents(out):
+    """{relative path: bytes} of everything below, empty if there is nothing."""
+    return {os.path.relpath(path, out): content for path, (_, content) in snapshot(out).items()}
+
+
+# What travels
+
+def test_a_round_trip_brings_the_same_bytes_and_the_cells_count_as_done(machine, tmp_path):
+    there = machine("a", seeds="1337 7")
+    finished(there)
+    made = pack(there.out, tmp_path / "x.tar.gz")
+    assert sorted(made.cells) == sorted([V0, V1, f"{V0}_s7", f"{V1}_s7"]) and made.left_out == {}
+    assert made.size == (tmp_path / "x.tar.gz").stat().st_size
+
+    here = machine("b/deep/er", seeds="1337 7")
+    report = unpack(here, tmp_path / "x.tar.gz")
+    assert (report.added, report.replaced, report.same) == (sorted(made.cells), [], [])
+    expected = {k: v for k, v in contents(there.out).items() if os.path.basename(k) in bundle.CELL_FILES}
+    assert contents(here.out) == expected and len(expected) == 4 * 5
+    assert set(states(here).values()) == {DONE} and not any(runs for _, _, runs in Plan(Options()).rows())
+    assert not [p for p in tmp_path.rglob(".unpack-*")]
+
+    before = snapshot(tmp_path)
+    report = unpack(here, tmp_path / "x.tar.gz")
+    assert (report.added, report.replaced, report.same) == ([], [], sorted(made.cells)) and snapshot(tmp_path) == before
+
+
+def test_plans_travel_and_those_that_are_there_stay(machine, tmp_path):
+    there = machine("a")
+    there.write()
+    finished(there)
+    design.write(there.out, design.following([], design.content("V0", {"V0": "x", "V1": "y"}, [1337], 0.01, "fixed"), 0))
+    plans = {p.name: p.read_bytes() for p in (there.out / "plan").iterdir()}
+    assert len(plans) == 3
+    made = pack(there.out, tmp_path / "x.tar.gz")
+    here = machine("b")
+    (here.out / "plan").mkdir(parents=True)
+    (here.out / "plan/design.json").write_text("[]")
+    unpack(here, tmp_path / "x.tar.gz")
+    assert {p.name: p.read_bytes() for p in (here.out / "plan").iterdir()} == plans | {"design.json": b"[]"}
+    assert made.left_out == {}
+
+
+@pytest.mark.parametrize("seeds, warned", [("1337 1338", False), ("1338", True)])
+def test_cells_that_ran_by_another_plan_are_said(machine, tmp_path, seeds, warned):
+    """A machine with a list of seeds of its own has a plan of its own."""
+    here = machine("a", seeds="1337 1338")
+    here.write()
+    there = machine("b", seeds=seeds)
+    there.write()
+    finished(there, *(cell for cell in there.cells if cell.seed == 1338))
+    pack(there.out, tmp_path / "x.tar.gz")
+    here = machine("a", seeds="1337 1338")
+    found = unpack(here, tmp_path / "x.tar.gz")
+    assert found.other_plan == (there.history()[-1]["hash"] if warned else None) and len(found.added) == 2
+
+
+def test_the_archive_holds_records_and_logs_and_nothing_else(machine, tmp_path):
+    there = machine("a")
+    finished(there)
+    (there.out / "plan").mkdir()
+    (there.out / "archive" / f"{V0}.1").mkdir(parents=True)
+    (there.out / "archive" / f"{V0}.1" / "metrics.json").write_text("{}")
+    (there.out / "report.md").write_text("a report")
+    (there.out / "plan/secret.txt").write_text("no plan")
+    pack(there.out, tmp_path / "x.tar.gz")
+    with tarfile.open(tmp_path / "x.tar.gz") as tar:
+        members = tar.getmembers()
+    assert [m.name for m in members] == sorted(f"{cell}/{name}" for cell in (V0, V1) for name in bundle.CELL_FILES)
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode, m.type) for m in members} == {
+        (0, 0, 0, "", "", 0o644, tarfile.REGTYPE)}
+
+
+def test_equal_cells_give_equal_bytes_whatever_the_clock_the_name_and_the_order(machine, tmp_path):
+    there = machine("a", seeds="1337 1338")
+    finished(there)
+    pack(there.out, tmp_path / "x.tar.gz")
+    for path in there.out.rglob("*"):
+        os.utime(path, (5, 5))
+        if path.is_file():
+            os.chmod(path, 0o600)
+    pack(there.out, tmp_path / "another name.tar.gz")
+    again = machine("b", seeds="1338 1337")
+    for cell in reversed(there.cells):
+        prepare(again.out / cell.name, cell)  # the same cells; their .config still names the folder a
+        finished(again, cell)
+    for cell in there.cells:
+        (again.out / cell.name / ".config").write_bytes((there.out / cell.name / ".config").read_bytes())
+    pack(again.out, tmp_path / "y.tar.gz")
+    assert (tmp_path / "x.tar.gz").read_bytes() == (tmp_path / "another name.tar.gz").read_bytes() == \
+        (tmp_path / "y.tar.gz").read_bytes()
+
+
+def test_what_is_left_out_is_said_with_the_reason(machine, tmp_path, monkeypatch):
+    there = machine("a", steps="V0 V1 V2 V3 V4 V5 V6", seeds="1337")
+    v0, v1, v2, v3, v4, v5, v6 = there.cells
+    finished(there, v0)
+    finish(there.out, v1, state="diverged", reason="the training loss is nan at iteration 5")
+    finish(there.out, v2, state="failed", reason="CUDA out of memory")
+    (there.out / v3.name).mkdir()
+    finished(there, v4)
+    (there.out / v4.name / "metrics.json").write_text("{")
+    finished(there, v5)
+    (there.out / v5.name / "provenance.json").unlink()
+    finished(there, v6)
+    record = json.loads((there.out / v6.name / "metrics.json").read_text())
+    (there.out / v6.name / "metrics.json").write_text(json.dumps(record | {"seed": 8}))
+    finish(there.out, Cell("V0", "adamwspam", 5, "test_by hand", v0.resolved))
+    monkeypatch.setattr(bundle, "FILE_LIMIT", 100_000)
+    (there.out / v0.name / "training.log").write_text("x" * 100_001)
+    (there.out / "plan").mkdir()
+    for name in ("0123456789abcdef.json", "design.json", "other.json"):
+        (there.out / "plan" / name).write_text("{}")
+    made = pack(there.out, tmp_path / "x.tar.gz")
+    assert made.cells == [v0.name, v1.name]
+    reasons = dict(made.left_out)
+    assert reasons.pop(v4.name).startswith("its metrics.json cannot be read: Expecting property name")
+    assert reasons == {
+        v2.name: "it failed: CUDA out of memory", v3.name: "it has no result", v5.name: "it has no provenance.json",
+        v6.name: "its provenance.json and metrics.json differ in seed", "test_by hand": "its name is none of a cell's",
+        f"{v0.name}/training.log": "it is larger than 0 MiB",
+        "plan/0123456789abcdef.json": "its content does not have the hash in its name",
+        "plan/design.json": "it is not what was written before the first cell",
+        "plan/other.json": "its name is none of a plan's"}
+
+
+def test_there_must_be_something_to_pack_and_a_place_to_write(machine, tmp_path):
+    there = machine("a")
+    nothing = (f"{there.out} holds no finished cell.", "make, then make pack.")
+    assert refusal(pack, there.out, tmp_path / "x.tar.gz") == nothing
+    finish(there.out, *there.cells, state="failed", reason="it broke")
+    assert refusal(pack, there.out, tmp_path / "x.tar.gz") == nothing and not (tmp_path / "x.tar.gz").exists()
+    there = machine("b")
+    finished(there)
+    assert refusal(pack, there.out, tmp_path / "nowhere/x.tar.gz") == (
+        f"{tmp_path}/nowhere/x.tar.gz cannot be written: No such file or directory.",
+        "make pack FILE=name.tar.gz where you may write.")
+
+
+def test_more_than_an_archive_may_hold_is_refused_where_it_is_packed(machine, tmp_path, monkeypatch):
+    there = machine("a")
+    finished(there)
+    monkeypatch.setattr(bundle, "TOTAL_LIMIT", 10_000)
+    assert refusal(pack, there.out, tmp_path / "x.tar.gz") == (
+        f"the cells of {there.out} are more than an archive may hold (0 MiB).",
+        "move some of them to a results folder of their own and pack it with OUT=.")
+
+
+def test_a_failed_pack_leaves_the_old_archive(machine, tmp_path, monkeypatch):
+    there = machine("a")
+    finished(there)
+    (tmp_path / "x.tar.gz").write_text("the old one")
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
+    path = tmp_path / "x.tar.gz"
+    assert refusal(pack, there.out, path)[0] == f"{path} cannot be written: No space left on device."
+    assert [p.name for p in tmp_path.glob("*x.tar.gz*")] == ["x.tar.gz"] and path.read_text() == "the old one"
+
+
+# One study from several machines
+
+def test_cells_of_two_machines_make_one_study(machine, tmp_path):
+    for name, seeds in (("a", "1337"), ("b", "1338 7"), ("c", "1339")):
+        plan = machine(name, seeds=seeds)
+        finished(plan, val_loss=3.0 + len(seeds))
+        pack(plan.out, tmp_path / f"{name}.tar.gz")
+    here = machine("home", seeds="1337 1338 1339")
+    for name in "abc":
+        unpack(here, tmp_path / f"{name}.tar.gz")
+    assert len(states(here)) == 6 and set(states(here).values()) == {DONE}
+    assert (here.out / f"{V0}_s7/metrics.json").exists(), "a seed that this study has not asked for is welcome"
+    grown = machine("home", seeds="1337 7")
+    assert states(grown)[f"{V0}_s7"] == DONE, "and counts once it is asked for"
+
+
+def test_a_cell_of_a_study_of_another_name_is_taken_if_it_is_the_same_cell(machine, tmp_path):
+    there = machine("a", 'MARGIN="0.5"', study="elsewhere")
+    finished(there)
+    pack(there.out, tmp_path / "x.tar.gz")
+    here = machine("b", steps="V1 V0 V2")
+    unpack(here, tmp_path / "x.tar.gz")
+    assert states(here) == {V0: DONE, V1: DONE, "test_V2_adamwspam_none": ("planned", "never ran")}
+
+
+def test_control_steps_and_a_learning_rate_sweep_travel_too(machine, tmp_path):
+    there = machine("a", 'CONTROL_STEPS="A0"', 'TUNE_LR="0.5 1"', steps="V0 V1")
+    sweep = Plan(Options(tune=True)).sweep
+    finished(there)
+    for number, cell in enumerate(sweep.cells):
+        finished(there, cell, val_loss=3.0 + number)
+    tuned = expand(there.study, [7], [*sweep.steps.values()])
+    finished(there, *tuned)
+    made = pack(there.out, tmp_path / "x.tar.gz")
+    assert len(made.cells) == 3 + 4 + 4 and made.left_out == {}
+    here = machine("b", 'CONTROL_STEPS="A0"', 'TUNE_LR="0.5 1"', steps="V0 V1")
+    assert len(unpack(here, tmp_path / "x.tar.gz").added) == 11
+    without = machine("c", 'TUNE_LR=""', steps="V0 V1")
+    what, _ = refusal(unpack, without, tmp_path / "x.tar.gz")
+    assert what.endswith("which is no cell of study a study: it has no such step, optimizer or base seed.")
+
+
+@pytest.mark.parametrize("left", ["planned", "interrupted", "failed", "unreadable"])
+def test_an_unfinished_cell_is_replaced_and_archived(machine, tmp_path, left):
+    there = machine("a")
+    finished(there)
+    pack(there.out, tmp_path / "x.tar.gz")
+    here = machine("b")
+    (here.out / V1).mkdir(parents=True)
+    (here.out / V1 / "training.log").write_text("half\n")
+    if left == "interrupted":
+        prepare(here.out / V1, here.cells[1])
+        (here.out / V1 / "checkpoint.pt").write_text("tensors")
+    if left == "failed":
+        finish(here.out, here.cells[1], state="failed", reason="it broke")
+    if left == "unreadable":
+        (here.out / V1 / "metrics.json").write_text("{")
+    old = contents(here.out / V1)
+    report = unpack(here, tmp_path / "x.tar.gz")
+    assert (report.added, report.replaced) == ([V0], [V1]) and set(states(here).values()) == {DONE}
+    archived = contents(here.out / "archive" / f"{V1}.1")
+    archived.pop(".lock")
+    assert archived == old and sorted(os.listdir(here.out / V1)) == sorted(bundle.CELL_FILES)
+
+
+def test_a_cell_that_is_running_is_not_replaced(machine, tmp_path):
+    there = machine("a")
+    finished(there)
+    pack(there.out, tmp_path / "x.tar.gz")
+    here = machine("b")
+    (here.out / V1).mkdir(parents=True)
+    code = f"from filelock import FileLock\nwith FileLock({str(here.out / V1 / '.lock')!r}): print('held', flush=True), input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        before = snapshot(tmp_path)
+        assert refusal(unpack, here, tmp_path / "x.tar.gz") == (
+            f"{here.out / V1} is being run.", "wait for it or stop it, then make unpack again; nothing was unpacked.")
+        assert snapshot(tmp_path) == before
+    finally:
+        holder.communicate("\n", timeout=30)
+    assert unpack(here, tmp_path / "x.tar.gz").replaced == [V1], "the lock is gone with its holder"
+
+
+def test_a_cell_that_finishes_meanwhile_is_not_replaced(machine, tmp_path, monkeypatch):
+    there = machine("a")
+    finished(there)
+    pack(there.out, tmp_path / "x.tar.gz")
+    here = machine("b")
+    (here.out / V1).mkdir(parents=True)
+    monkeypatch.setattr(os, "sync", lambda: finish(here.out, here.cells[1], val_loss=2.5))
+    assert refusal(unpack, here, tmp_path / "x.tar.gz")[0] == f"{here.out / V1} already holds another result."
+    assert results.read(here.out / V1)["val_loss"] == 2.5 and not (here.out / V0).exists()
+
+
+@pytest.mark.parametrize("state, reason", [("done", None), ("diverged", "loss nan")])
+def test_another_finished_result_is_refused_and_nothing_is_written(machine, tmp_path, state, reason):
+    there = machine("a")
+    finished(there)
+    pack(there.out, tmp_path / "x.tar.gz")
+    here = machine("b")
+    finish(here.out, here.cells[1], state=state, reason=reason, **({"val_loss": 2.99} if state == "done" else {}))
+    before = snapshot(tmp_path)
+    assert refusal(unpack, here, tmp_path / "x.tar.gz") == (
+        f"{here.out / V1} already holds another result.",
+        "move that folder away if the archive's is to take its place; nothing was unpacked.")
+    assert snapshot(tmp_path) == before and not (here.out / V0).exists()
+
+
+# Cells that are not of the study
+
+@pytest.mark.parametrize("configured, why", [
+    ({"steps": "V1"}, f"{V0}, which is no cell of study a study: it has no such step, optimizer or base seed."),
+    ({"seeds": "7", "SEED": 7}, f"{V0}, which is no cell of study a study: it has no such step, optimizer or base seed."),
+    ({"OPTIMIZER_ADAMW": "y"}, f"{V0}, which is no cell of study a study: it has no such step, optimizer or base seed."),
+    ({"LEARNING_RATE": '"0.001"'}, f"{V0}, which is no cell of study a study: its result is of another configuration: "
+                                   "LEARNING_RATE 0.0006 -> 0.001."),
+    ({"GPT2_MAX_ITERS": 10}, f"{V0}, which is no cell of study a study: its result is of another configuration: "
+                             "GPT2_MAX_ITERS 250 -> 10."),
+])
+def test_a_cell_that_is_not_of_the_study_is_refused_by_name(machine, tmp_path, dotconfig, configured, why):
+    there = machine("a")
+    finished(there)
+    pack(there.out, tmp_path / "x.tar.gz")
+    options = {k: configured.pop(k) for k in ("steps", "seeds") if k in configured}
+    lines = dict(line.split("=", 1) for line in TINY) | {k: str(v) for k, v in configured.items()}
+    dotconfig(*(f"{k}={v}" for k, v in lines.items()), f'ABLATION_STEPS="{options.get("steps", "V0 V1")}"',
+              f'SEEDS="{options.get("seeds", "1337")}"', f'OUTPUT_DIR="{tmp_path / "b"}"', 'STUDY="a study"')
+    here = Plan(Options())
+    before = snapshot(tmp_path)
+    assert refusal(unpack, here, tmp_path / "x.tar.gz") == (
+        f"{tmp_path}/x.tar.gz holds {why}",
+        "configure the study it was packed from, then make unpack again; nothing was unpacked.")
+    assert snapshot(tmp_path) == before and not here.out.exists()
+
+
+def test_a_seed_up_to_a_hundred_is_a_seed_and_no_count(machine, tmp_path):
+    there = machine("a", seeds="3 5000")
+    finished(there, *[c for c in there.cells if c.seed == 3])
+    pack(there.out, tmp_path / "x.tar.gz")
+    here = machine("b")
+    assert unpack(here, tmp_path / "x.tar.gz").added == [f"{V0}_s3", f"{V1}_s3"]
+
+
+def test_a_folder_whose_name_stands_for_another_cell_is_refused(machine, tmp_path):
+    there = machine("a")
+    v0, v1 = there.cells
+    finished(there, Cell("V0", "adamwspam", 1337, V1, v0.resolved))
+    pack(there.out, tmp_path / "x.tar.gz")
+    assert refusal(unpack, machine("b"), tmp_path / "x.tar.gz")[0] == (
+        f"{tmp_path}/x.tar.gz holds {V1}, which is no cell of study a study: it is V0 adamwspam seed 1337, and the folder's "
+        "name stands for V1 adamwspam seed 1337.")
+
+
+# Archives that pack has not written
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory):
+    """{name: bytes} of one honest cell, and the study it belongs to, configured in `config`."""
+    folder = tmp_path_factory.mktemp("honest")
+    config = folder / "dot.config"
+    lines = [*TINY, 'ABLATION_STEPS="V0"', f'OUTPUT_DIR="{folder / "out"}"']
+    config.write_text("".join(f"CONFIG_{line}\n" for line in lines))
+    cell, = expand(Study(config=config, schema=SCHEMA))
+    finish(folder / "made", cell)
+    files = {f"{cell.name}/{p.name}": p.read_bytes() for p in (folder / "made" / cell.name).iterdir()}
+    assert len(files) == 3
+    return SimpleNamespace(files=files, config=config, folder=folder, out=folder / "out")
+
+
+def member(name, content=b"", **fields):
+    one = tarfile.TarInfo(name)
+    one.size = len(content)
+    for field, value in fields.items():
+        setattr(one, field, value)
+    return one, content
+
+
+def tar_bytes(*members, form=tarfile.GNU_FORMAT):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
+        for one, content in members:
+            tar.addfile(one, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def honest_members(honest, **other):
+    return [member(name, other.get(name.rpartition("/")[2], content)) for name, content in sorted(honest.files.items())]
+
+
+def refused(honest, monkeypatch, content, compress=True):
+    """Offer these bytes to the study; returns the refusal, and proves that nothing was written anywhere."""
+    monkeypatch.setenv("KCONFIG_CONFIG", str(honest.config))
+    path = honest.folder / "offered.tar.gz"
+    path.write_bytes(gzip.compress(content, 1, mtime=0) if compress else content)
+    plan, before = Plan(Options()), snapshot(honest.folder)
+    found = refusal(unpack, plan, path)
+    assert snapshot(honest.folder) == before and not honest.out.exists()
+    assert sorted(p.name for p in honest.folder.iterdir()) == ["dot.config", "made", "offered.tar.gz"]
+    return found[0].replace(str(path), "X"), found[1]
+
+
+def test_the_honest_members_are_taken(honest, monkeypatch, tmp_path):
+    """Or the refusals below would prove nothing."""
+    monkeypatch.setenv("KCONFIG_CONFIG", str(honest.config))
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(tar_bytes(*honest_members(honest))))
+    assert unpack(Plan(Options(out=str(tmp_path / "out"))), tmp_path / "x.tar.gz").added == [V0]
+
+
+@pytest.mark.parametrize("bad, said", [
+    (member("/etc/cron.d/x"), "'/etc/cron.d/x', which is no file of a cell"),
+    (member("../test_V0_adamwspam_none/.config"), "'../test_V0_adamwspam_none/.config', which is no file of a cell"),
+    (member(f"{V0}/../../x"), f"'{V0}/../../x', which is no file of a cell"),
+    (member("test_../metrics.json/../.config"), "'test_../metrics.json/../.config', which is no file of a cell"),
+    (member(f"./{V0}/.config"), f"'./{V0}/.config', which is no file of a cell"),
+    (member(f"{V0}/model.pt"), f"'{V0}/model.pt', which is no file of a cell"),
+    (member(f"{V0}/checkpoint.pt"), f"'{V0}/checkpoint.pt', which is no file of a cell"),
+    (member(f"{V0}/.lock"), f"'{V0}/.lock', which is no file of a cell"),
+    (member("plan/x.json"), "'plan/x.json', which is no file of a cell"),
+    (member("cells.mk"), "'cells.mk', which is no file of a cell"),
+    (member(f"test_{'x' * 236}/.config"), f"'test_{'x' * 114}, which is no file of a cell"),
+    (member(f"{V0}/training.log\n"), f"'{V0}/training.log\\n', which is no file of a cell"),
+    (member("test_\u0660/.config"), "'test_\\u0660/.config', which is no file of a cell"),
+    (member("test_\x1b[31m/.config"), "'test_\\x1b[31m/.config', which is no file of a cell"),
+    (member(f"{V0}/training.log", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+     f"'{V0}/training.log', which is no regular file"),
+    (member(f"{V0}/training.log", type=tarfile.LNKTYPE, linkname=f"{V0}/.config"),
+     f"'{V0}/training.log', which is no regular file"),
+    (member(f"{V0}/training.log", type=tarfile.CHRTYPE, devmajor=1, devminor=5),
+     f"'{V0}/training.log', which is no regular file"),
+    (member(f"{V0}/training.log", type=tarfile.FIFOTYPE), f"'{V0}/training.log', which is no regular file"),
+    (member(f"{V0}/training.log", type=tarfile.DIRTYPE), f"'{V0}/training.log', which is no regular file"),
+    (member(f"{V0}/training.log", type=tarfile.CONTTYPE), f"'{V0}/training.log', which is no regular file"),
+    (member(f"{V0}/training.log/"), f"'{V0}/training.log/', which is no file of a cell"),
+    (member(f"{V0}/.config"), f"'{V0}/.config', twice"),
+], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize("first", [True, False])
+def test_a_member_that_pack_does_not_write_is_refused_wherever_it_stands(honest, monkeypatch, bad, said, first):
+    if "twice" in said and first:
+        pytest.skip("the second one is refused")
+    members = honest_members(honest)
+    what, run = refused(honest, monkeypatch, tar_bytes(*([bad, *members] if first else [*members, bad])))
+    assert (what, run) == (f"X holds {said}.", FOREIGN)
+
+
+@pytest.mark.parametrize("size", [64 * 2 ** 20 + 1, 2 ** 40, 2 ** 62])
+def test_a_file_that_claims_to_be_huge_is_refused_by_its_header(honest, monkeypatch, size):
+    one, _ = member(f"{V0}/training.log", size=size)
+    assert refused(honest, monkeypatch, one.tobuf(tarfile.GNU_FORMAT) + bytes(1024)) == (
+        f"X holds '{V0}/training.log', which has {size} bytes, more than 64 MiB.", FOREIGN)
+
+
+def test_a_negative_size_is_refused_and_does_not_loop(honest, monkeypatch):
+    one, _ = member(f"{V0}/training.log")
+    block = bytearray(one.tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = b"\xff" * 10 + (-512 & 0xffff).to_bytes(2, "big")  # base 256, negative
+    block[148:156] = b"        "
+    block[148:156] = b"%06o\0 " % sum(block[:512])
+    found = refused(honest, monkeypatch, bytes(block) + bytes(1024))
+    assert found == (f"X holds '{V0}/training.log', which has -512 bytes, more than 64 MiB.", FOREIGN) or (
+        found[0].startswith("X cannot be read: ") and found[1] == DAMAGED), "newer versions of tarfile see it themselves"
+
+
+def long_header(kind, size, content=b""):
+    """A GNU long name or a pax header that claims `size` bytes."""
+    one, _ = member("././@LongLink", type=kind, size=size)
+    return one.tobuf(tarfile.GNU_FORMAT) + content
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+@pytest.mark.parametrize("size", [2 ** 21, 2 ** 40])
+def test_a_huge_header_is_not_read_into_memory(honest, monkeypatch, kind, size):
+    what, run = refused(honest, monkeypatch, long_header(kind, size, bytes(2 ** 22)))
+    assert what == f"X cannot be read: a header of {size} bytes." and run == DAMAGED
+
+
+def test_ten_thousand_nested_headers_end_in_a_sentence(honest, monkeypatch):
+    what, run = refused(honest, monkeypatch, long_header(tarfile.GNUTYPE_LONGNAME, 512, b"x" * 512) * 10_000)
+    assert what.startswith("X cannot be read: ") and run == DAMAGED
+
+
+@pytest.mark.parametrize("sparse", [{"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}, {"GNU.sparse.size": "99999999999"},
+                                    {"size": "junk"}, {"GNU.sparse.map": "0,5"}])
+def test_sparse_files_are_no_regular_files(honest, monkeypatch, sparse):
+    name = f"{V0}/training.log"
+    one, content = member(name, b"1\n0\n5\n" + bytes(506 + 512))
+    one.pax_headers = {"GNU.sparse.name": name, "GNU.sparse.realsize": "99999999999"} | sparse
+    what, run = refused(honest, monkeypatch, tar_bytes((one, content), form=tarfile.PAX_FORMAT))
+    assert (run in (FOREIGN, DAMAGED)) and what.startswith(("X holds '", "X cannot be read: "))
+
+
+def test_a_bomb_is_refused_by_its_total(honest, monkeypatch):
+    monkeypatch.setattr(bundle, "TOTAL_LIMIT", 3 * 2 ** 20)
+    members = [*honest_members(honest), member(f"{V0}/training.log", bytes(4 * 2 ** 20))]
+    assert refused(honest, monkeypatch, tar_bytes(*members)) == ("X cannot be read: it holds more than 3 MiB.", DAMAGED)
+
+
+def test_too_many_files_are_refused(honest, monkeypatch):
+    monkeypatch.setattr(bundle, "MEMBER_LIMIT", 2)
+    assert refused(honest, monkeypatch, tar_bytes(*honest_members(honest))) == (
+        "X cannot be read: it holds more than 2 files.", DAMAGED)
+
+
+def test_an_archive_that_is_cut_anywhere_is_refused(honest, monkeypatch):
+    """In its compressed form, and before it was compressed: tarfile itself takes the latter for whole."""
+    whole = tar_bytes(*honest_members(honest))
+    compressed = gzip.compress(whole, mtime=0)
+    for cut in (0, 1, 9, 10, 20, len(compressed) // 2, len(compressed) - 8, len(compressed) - 1):
+        what, run = refused(honest, monkeypatch, compressed[:cut], compress=False)
+        assert what.startswith("X cannot be read: ") and run == DAMAGED, cut
+    ends = [n * 512 for n in range(len(whole) // 512) if whole[n * 512:].strip(b"\0")]
+    for cut in {0, 100, 511, 512, 513, *ends}:
+        what, run = refused(honest, monkeypatch, whole[:cut])
+        assert what.startswith("X cannot be read: ") and run == DAMAGED, cut
+
+
+@pytest.mark.parametrize("content, compress, said", [
+    (b"no archive at all", False, "X cannot be read: Not a gzipped file (b'no')."),
+    (b"no archive at all", True, "X cannot be read: truncated header."),
+    (b"\0" * 10240, True, "X holds no cell."),
+])
+def test_what_is_no_archive(honest, monkeypatch, content, compress, said):
+    assert refused(honest, monkeypatch, content, compress)[0] == said
+
+
+def test_damage_inside_and_after_the_end(honest, monkeypatch):
+    whole = tar_bytes(*honest_members(honest))
+    flipped = bytearray(gzip.compress(whole, 0, mtime=0))
+    flipped[-2000] ^= 1  # stored, not compressed: only the checksum can tell
+    assert refused(honest, monkeypatch, bytes(flipped), compress=False)[0].startswith("X cannot be read: CRC check failed")
+    assert refused(honest, monkeypatch, whole + b"more")[0] == "X cannot be read: something follows its end."
+    broken = bytearray(whole)
+    broken[512 * (whole.index(f"{V0}/provenance.json".encode()) // 512) + 3] ^= 1  # a header's checksum
+    assert refused(honest, monkeypatch, bytes(broken))[0] == "X cannot be read: it has no end."
+
+
+@pytest.mark.parametrize("missing", bundle.NEEDED)
+def test_a_cell_without_its_record_is_refused(honest, monkeypatch, missing):
+    members = [m for m in honest_members(honest) if not m[0].name.endswith(f"/{missing}")]
+    said = "it has no result" if missing == "metrics.json" else f"it has no {missing}"
+    assert refused(honest, monkeypatch, tar_bytes(*members)) == (f"X holds {V0}, but {said}.", FOREIGN)
+
+
+def changed(honest, file, **values):
+    content = json.loads(honest.files[f"{V0}/{file}"]) | values
+    return {file: json.dumps(content).encode()}
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda h: {"metrics.json": b"{"}, "its metrics.json cannot be read: Expecting property name enclosed in double quotes: "
+                                       "line 1 column 2 (char 1)"),
+    (lambda h: changed(h, "metrics.json", val_loss=None), "its metrics.json cannot be read: it is not of format 1"),
+    (lambda h: changed(h, "metrics.json", state="failed", reason="it broke"), "it failed: it broke"),
+    (lambda h: changed(h, "metrics.json", seed=7), "its provenance.json and metrics.json differ in seed"),
+    (lambda h: changed(h, "metrics.json", step="V1"), "its provenance.json and metrics.json differ in step"),
+    (lambda h: changed(h, "provenance.json", optimizer="adamw"), "its provenance.json and metrics.json differ in optimizer"),
+    (lambda h: changed(h, "provenance.json", identity={"set": {}, "default": {}}),
+     "its provenance.json and metrics.json differ in identity"),
+    (lambda h: {"provenance.json": b"[]"}, "its provenance.json cannot be read"),
+    (lambda h: {"provenance.json": b"[" * 100_000}, "its provenance.json cannot be read"),
+    (lambda h: changed(h, "metrics.json", seed="../x") | changed(h, "provenance.json", seed="../x"), "its seed ../x is none"),
+    (lambda h: changed(h, "metrics.json", seed=True) | changed(h, "provenance.json", seed=True), "its seed True is none"),
+    (lambda h: changed(h, "metrics.json", seed=2 ** 31) | changed(h, "provenance.json", seed=2 ** 31),
+     "its seed 2147483648 is none"),
+])
+def test_a_record_that_does_not_hold_together_is_refused(honest, monkeypatch, change, said):
+    assert refused(honest, monkeypatch, tar_bytes(*honest_members(honest, **change(honest)))) == (
+        f"X holds {V0}, but {said}.", FOREIGN)
+
+
+def test_a_stored_configuration_that_is_not_its_own_hash_is_refused(honest, monkeypatch):
+    """The next make would run what it says, whatever trainer that is."""
+    content = b'{"trainer": "/tmp/evil.py"}'
+    name = f"plan/{hashlib.sha256(b'something else').hexdigest()[:16]}.json"
+    assert refused(honest, monkeypatch, tar_bytes(*honest_members(honest), member(name, content))) == (
+        f"X holds {name}, but its content does not have the hash in its name.", FOREIGN)
+    for text in (b"[]", b"{}", b'[{"hash": "0", "seen": 0, "plan": {}}]', b"["):
+        what, _ = refused(honest, monkeypatch, tar_bytes(*honest_members(honest), member("plan/design.json", text)))
+        assert what.startswith("X holds plan/design.json, but it ")
+
+
+SOME = st.one_of(
+    st.text(max_size=60), st.from_regex(bundle.MEMBER, fullmatch=True),
+    st.builds("/".join, st.lists(st.sampled_from([
+        "..", ".", "", V0, "plan", ".config", "metrics.json", "model.pt", "test_", "~", "0123456789abcdef.json", "design.json",
+        "C:", "\\", "\0"]), max_size=5)))
+
+
+@given(SOME)
+@example(f"{V0}/.config")
+@example("test_..+../metrics.json")
+def test_a_name_is_taken_only_if_it_is_a_file_right_below_a_cell_or_the_plan(name):
+    folder = bundle.cell_of(name)
+    if folder is None:
+        return
+    parts = name.split("/")
+    assert len(parts) == 2 and name.isascii() and name.isprintable() and " " not in name and "\\" not in name
+    assert os.path.normpath(name) == name and not os.path.isabs(name)
+    assert (parts[1] in bundle.CELL_FILES and parts[0] == folder and folder.startswith("test_") and len(folder) <= 240
+            ) or (parts[0] == "plan" and folder == "" and parts[1].endswith(".json"))
+
+
+@given(SOME)
+def test_whatever_a_member_is_called_nothing_is_written_but_cells_of_the_study(honest, name):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "sync", lambda: None)
+        try:
+            content = tar_bytes(*honest_members(honest), member(name, b"x"), form=tarfile.PAX_FORMAT)
+        except (ValueError, UnicodeError):
+            return  # what no tar can hold
+        if name.rstrip("/") in (f"{V0}/metrics.jsonl", f"{V0}/training.log"):
+            return
+        refused(honest, patch, content)
+
+
+# The command
+
+def test_the_command_packs_and_unpacks(machine, tmp_path):
+    there = machine("a", steps="V0 V1 V2")
+    finished(there, *there.cells[:2])
+    (there.out / there.cells[2].name).mkdir()
+    done = run("scripts.archive", "pack", FILE=tmp_path / "x.tar.gz")
+    size = (tmp_path / "x.tar.gz").stat().st_size / 1000
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (f"left out test_V2_adamwspam_none: it has no result\n2 cells of {there.out} in {tmp_path}/x.tar.gz, "
+                           f"without weights: {size:.1f} kB\n")
+    here = machine("b")
+    (here.out / V1).mkdir(parents=True)
+    done = run("scripts.archive", "unpack", tmp_path / "x.tar.gz")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (f"replaced {V1}: it was unfinished, and is in archive/ now\n"
+                           f"2 cells of {tmp_path}/x.tar.gz added to {here.out}, 0 kept\n")
+    done = run("scripts.archive", "unpack", FILE=tmp_path / "x.tar.gz")
+    assert done.stdout == (f"kept {V0}: it is here already, with the same bytes\n"
+                           f"kept {V1}: it is here already, with the same bytes\n"
+                           f"0 cells of {tmp_path}/x.tar.gz added to {here.out}, 2 kept\n")
+    planned = run("scripts.plan").stdout
+    assert planned.count("its result is on disk") == 2 and "0 to run" in planned
+
+
+def test_the_command_names_its_archive_after_the_results_folder(machine, monkeypatch, tmp_path, capsys):
+    from scripts import archive
+
+    there = machine("my-study")
+    finished(there)
+    monkeypatch.setattr(archive, "ROOT", tmp_path)
+    archive.main(["pack"])
+    assert (tmp_path / "my-study.tar.gz").exists() and "2 cells of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, what, todo", [
+    (["unpack"], "no archive was given.", "make unpack FILE=name.tar.gz"),
+    (["unpack", "/nowhere/x.tar.gz"], "/nowhere/x.tar.gz cannot be read: No such file or directory.", DAMAGED),
+    (["unpack", "/"], "/ cannot be read: Is a directory.", DAMAGED),
+])
+def test_bad_input_is_two_sentences(machine, arguments, what, todo):
+    machine("a")
+    done = run("scripts.archive", *arguments)
+    assert (done.returncode, done.stderr, done.stdout) == (2, f"error: {what}\n  try: {todo}\n", "")
+
+
+def test_it_needs_no_torch():
+    code = "import sys, scripts.archive; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
