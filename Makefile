@@ -33,25 +33,44 @@ on_command_line = $(if $(filter command,$(firstword $(origin $(1)))),$($(1)))
 export KABLATE_OUT := $(call on_command_line,OUT)
 export KABLATE_SEEDS := $(call on_command_line,SEEDS)
 export KABLATE_TIME := $(call on_command_line,TIME)
-$(foreach v,RETRY NAME STUDY ALL FULL A B,$(eval export $(v) := $(call on_command_line,$(v))))
+export KABLATE_UNTIL := $(call on_command_line,UNTIL)
+export KABLATE_MAX_SEEDS := $(call on_command_line,MAX_SEEDS)
+export KABLATE_JOBS := $(call on_command_line,JOBS)
+export KABLATE_LOOK := $(call on_command_line,LOOK)
+$(foreach v,RETRY NAME STUDY ALL FULL A B FILE PORT FROM,$(eval export $(v) := $(call on_command_line,$(v))))
 
 STEP_GOALS := $(basename $(notdir $(wildcard gpt2/steps/*.config)))
 STEPS := $(filter $(STEP_GOALS),$(MAKECMDGOALS))
 
 ##@ Run a study
 .PHONY: run
-ifneq (,$(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS)))))
-run: plan # make -n: a recipe that calls make would really run
+# make -n: a recipe that calls make would really run
+ONLY_LOOK := $(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS))))
+ifneq (,$(ONLY_LOOK))
+run: plan
 else
-run: $(SETUP) ## plan the configured study, run the cells that are missing, report
-	$(Q)cells=$$($(PYTHON) -m scripts.plan --write $(reasons) $(STEPS)) && \
-	KABLATE_MAKE_PID=$$PPID $(MAKE) --no-print-directory -f "$$cells" && \
-	$(PYTHON) -m scripts.report $(STEPS)
+run: cells ## plan the configured study, run the cells that are missing, report
+	$(Q)$(PYTHON) -m scripts.report $(STEPS)
+endif
+
+# Under UNTIL=decided the last rule of cells.mk calls this again for the next block of seeds. The launcher watches the
+# outermost make, so that nothing outlives it.
+.PHONY: cells tune-lr
+ifneq (,$(ONLY_LOOK))
+cells tune-lr: plan
+else
+cells: $(SETUP) ## run the cells that are missing, without a report
+	$(Q)cells=$$($(PYTHON) -m scripts.plan --write $(reasons) $(if $(call on_command_line,TUNE),--tune) $(STEPS)) && \
+	KABLATE_MAKE_PID=$${KABLATE_MAKE_PID:-$$PPID} $(MAKE) --no-print-directory -f "$$cells"
+
+tune-lr: $(SETUP) ## sweep the learning rate of every step alike, then run and compare the steps at their best one too
+	$(Q)$(MAKE) --no-print-directory cells TUNE=1
+	$(Q)$(MAKE) --no-print-directory run
 endif
 
 # make V3 runs V3; make plan V3 and make check V3 only look at it.
 .PHONY: $(STEP_GOALS)
-$(STEP_GOALS): $(if $(filter plan check report,$(MAKECMDGOALS)),,run)
+$(STEP_GOALS): $(if $(filter plan check report cells tune-lr,$(MAKECMDGOALS)),,run)
 	@:
 
 .PHONY: plan
@@ -59,8 +78,20 @@ plan: $(SETUP) ## list the study's cells, their state, and why each would run
 	$(Q)$(PYTHON) -m scripts.plan $(STEPS)
 
 .PHONY: report
-report: $(SETUP) ## print and write the report of what is on disk
+report: $(SETUP) ## print the report of what is on disk and write it as md, csv, json, html and png
 	$(Q)$(PYTHON) -m scripts.report $(STEPS)
+
+.PHONY: browse
+browse: $(SETUP) ## index the reports of all studies and serve them on this machine (PORT=8000)
+	$(Q)$(PYTHON) -m scripts.browse
+
+.PHONY: pack
+pack: $(SETUP) ## put the study's finished cells, without weights, into one small archive (FILE=name.tar.gz)
+	$(Q)$(PYTHON) -m scripts.archive pack
+
+.PHONY: unpack
+unpack: $(SETUP) ## add the cells of such an archive (FILE=name.tar.gz) to the study; they then count as done
+	$(Q)$(PYTHON) -m scripts.archive unpack
 
 .PHONY: check
 check: $(SETUP) ## prove every architecture of the study on the CPU (STUDY=name, ALL=1 every step, FULL=1 real depth)
@@ -121,6 +152,14 @@ bench-check: $(SETUP) ## time make check on gpt2-ra-ablation
 .PHONY: bench-overhead
 bench-overhead: $(SETUP) ## seconds that each finished cell of the study spent outside its budget
 	$(Q)$(PYTHON) -m scripts.bench overhead
+
+.PHONY: bench-stats
+bench-stats: $(SETUP) ## simulate the statistics: coverage, false wins of a study and of UNTIL=decided, seeds it saves
+	$(Q)$(PYTHON) -m scripts.bench stats
+
+.PHONY: claims
+claims: $(SETUP) ## rebuild docs/claims.md from docs/claims.toml, the tests and the reports in docs/results
+	$(Q)$(PYTHON) -m scripts.claims
 
 ##@ Other
 .PHONY: clean

@@ -1,4 +1,4 @@
-"""Every command of the README runs, or would: make goals exist, scripts take their arguments."""
+"""Every command of the README and of docs/ runs, or would: make goals exist, scripts take their arguments."""
 
 import os
 import re
@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+COMMANDS = sorted({line for page in PAGES.values() for block in re.findall(r"```sh\n(.*?)```", page, re.S)
+                   for line in block.splitlines()})
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if re.match(r"([A-Z0-9_]+=\S+ )?make\b", c)])
@@ -42,8 +44,15 @@ def test_all_commands_are_tested():
 def test_goals_named_in_the_text_exist():
     goals = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     goals |= {"menuconfig", "savedefconfig"}
-    for goal in re.findall(r"`make ([a-z][a-z-]*)", README):
-        assert goal in goals, goal
+    for path, page in PAGES.items():
+        for goal in re.findall(r"`make ([a-z][a-z-]*)", page):
+            assert goal in goals, f"{path}: {goal}"
+
+
+def test_links_lead_somewhere():
+    for path, page in PAGES.items():
+        for link in re.findall(r"\]\(([^)#]+)\)", page):
+            assert link.startswith("https://") or (path.parent / link).exists(), f"{path}: {link}"
 
 
 def test_the_step_of_the_readme_is_valid(tmp_path):
@@ -66,3 +75,12 @@ def test_the_table_of_function_classes_is_true(tmp_path):
     for step, function_class in rows:
         collapsed = GPT(load("gpt2-ra-ablation+tiny", step)).collapse()
         assert (collapsed is not None) == function_class.startswith("GPT-2"), step
+
+
+def test_committed_results_are_small_and_of_the_four_forms():
+    """Pages are drawn again from report.json; weights and logs stay where they were made."""
+    files = [p for p in (ROOT / "docs/results").rglob("*") if p.is_file() and p.name != "report.html"]
+    assert sum(p.stat().st_size for p in files) < 8e6
+    assert {p.suffix for p in files} <= {".md", ".csv", ".json", ".png"}
+    for folder in {p.parent for p in files}:
+        assert {"report.md", "report.csv", "report.json"} <= {p.name for p in folder.iterdir()}, folder

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.harness import ROOT, copy_tree
+from tests.harness import ROOT, copy_tree, replace
 
 STUDY = """CONFIG_MODEL_TINY=y
 CONFIG_DATA_PYSTDLIB=y
@@ -24,21 +24,27 @@ CONFIG_DEVICE_CPU=y
 CONFIG_CPU_THREADS=1
 # CONFIG_GPT2_COMPILE is not set
 CONFIG_STUDY="micro"
+CONFIG_JOBS=1
 """
 
 
 class Study:
-    """A study in a folder of its own, and make on it."""
+    """A study in a folder of its own, and make on it. Reports are not drawn, unless a test wants to see that too: the
+    pictures would take longer than the cells."""
 
-    def __init__(self, folder: Path, tree: Path = ROOT, **symbols):
+    def __init__(self, folder: Path, tree: Path = ROOT, draws: bool = False, **symbols):
         self.folder, self.tree, self.out = folder, tree, folder / "out"
+        self.path = str(folder / "without")
+        if not draws:
+            (folder / "without").mkdir()
+            (folder / "without/vl_convert.py").write_text("raise ModuleNotFoundError(name='vl_convert')\n")
         symbols = {"ABLATION_STEPS": '"V0 V1"', "GPT2_MAX_ITERS": 4, "OUTPUT_DIR": f'"{self.out}"'} | symbols
         self.config = folder / ".config"
         self.config.write_text(STUDY + "".join(f"CONFIG_{k}={v}\n" for k, v in symbols.items()))
 
     def environment(self, **extra):
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("GPT2_", "KABLATE_", "MAKE", "MFLAGS"))}
-        return clean | {"KCONFIG_CONFIG": str(self.config), "PYTHONUNBUFFERED": "1"} | extra
+        return clean | {"KCONFIG_CONFIG": str(self.config), "PYTHONUNBUFFERED": "1", "PYTHONPATH": self.path} | extra
 
     def start(self, *arguments, **extra):
         return subprocess.Popen(["make", f"PYTHON={sys.executable}", *arguments], cwd=self.tree, text=True,
@@ -89,7 +95,7 @@ def snapshot(folder):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A study of two cells, run once."""
-    study = Study(tmp_path_factory.mktemp("finished"))
+    study = Study(tmp_path_factory.mktemp("finished"), draws=True)
     study.code, study.output = study.make()
     return study
 
@@ -103,7 +109,17 @@ def test_make_runs_the_study_to_a_report(finished):
         assert finished.metrics(step)["state"] == "done" and finished.metrics(step)["iterations"] == 4
         assert f"{step} seed 1337: val loss" in finished.output
     report = (finished.out / "report.md").read_text()
-    assert report in finished.output and "| V1   |   1/1 |" in report
+    assert report in finished.output and "| V1   | UNDERPOWERED |" in report
+    assert {p.suffix for p in finished.out.glob("report.*")} == {".md", ".csv", ".json", ".html"}
+
+
+def test_the_plan_is_on_record_and_shown_before_the_first_cell(finished):
+    entry, = json.loads((finished.out / "plan/design.json").read_text())
+    shown = finished.output.index(f"plan {entry['hash']}: paired t on the final validation loss (nats), 1 paired seed, ")
+    assert shown < finished.output.index("V0 seed 1337: val loss") and entry["seen"] == 0
+    assert entry["hash"] in (finished.out / "report.md").read_text()
+    first = json.loads((finished.out / "test_V0_adamwspam_none/metrics.json").read_text())
+    assert entry["written"] <= first["started"]
 
 
 def test_a_second_make_does_nothing(finished):
@@ -118,8 +134,8 @@ def test_a_second_make_does_nothing(finished):
 
 def test_side_by_side_gives_the_same_numbers(finished, tmp_path):
     study = Study(tmp_path)
-    code, output = study.make("-j2")
-    assert code == 0, output
+    code, output = study.make("JOBS=2")
+    assert code == 0 and "2 cells to run in" in output and ", 2 side by side" in output, output
     for step in ("V0", "V1"):
         assert equal(study.weights(step), finished.weights(step))
         assert study.metrics(step)["val_loss"] == finished.metrics(step)["val_loss"]
@@ -136,7 +152,69 @@ def test_one_step_and_an_override_in_their_own_places(finished, tmp_path):
     assert 2 <= record["train_seconds"] < 4 and record["budget_progress"] == 1
     provenance = json.loads((out / "test_V1_adamwspam_none/provenance.json").read_text())
     assert provenance["symbols"]["GPT2_MAX_TIME"] == ["2", "environment GPT2_MAX_TIME"]
-    assert "| V0   |   0/1 |" in (out / "report.md").read_text()
+    assert "| V0   | baseline   |" in (out / "report.md").read_text() and "V0 seed 1337 planned" in output
+
+
+def test_more_seeds_run_only_what_is_missing_and_are_marked(finished):
+    before = snapshot(finished.out / "test_V0_adamwspam_none")
+    code, output = finished.make("SEEDS=2")
+    assert code == 0 and "2 of 4 cells to run" in output, output
+    assert snapshot(finished.out / "test_V0_adamwspam_none") == before
+    assert "seeds 1338 were added after a look at the results" in (finished.out / "report.md").read_text()
+    plans = json.loads((finished.out / "plan/design.json").read_text())
+    assert [p["plan"]["seeds"] for p in plans] == [[1337], [1337, 1338]] and [p["seen"] for p in plans] == [0, 1]
+
+
+def test_until_decided_adds_blocks_and_ends(tmp_path):
+    """Two looks, one plan, and a report at the end. Without a margin nothing can be equivalent."""
+    study = Study(tmp_path, SEEDS='"2"', MARGIN='"0.0"')
+    code, output = study.make("UNTIL=decided", "MAX_SEEDS=4", "JOBS=2")
+    assert code == 0, output
+    assert "micro: 6 of 6 cells to run" in output and "undecided so far: V1\n" in output and "2 of 8 cells to run" in output
+    assert "undecided so far: V1, and 4 seeds are the most (MAX_SEEDS=) or a cell has failed" in output
+    found = json.loads((study.out / "report.json").read_text())
+    assert found["plan"]["test"] == "anytime" and found["plan"]["seeds"] == [1337, 1338, 1339, 1340]
+    assert len(json.loads((study.out / "plan/design.json").read_text())) == 1
+    assert "anytime-valid paired t" in output and "written to" in output
+    code, output = study.make("UNTIL=decided", "MAX_SEEDS=4")
+    assert code == 0 and "nothing to run, 8 cells" in output, output
+
+
+def test_a_failed_cell_ends_until_decided_with_a_report(tmp_path):
+    tree = copy_tree(tmp_path / "tree")
+    path = tree / "gpt2/attention/unified_ra.py"
+    replace(path, "def from_config(cls, cfg):\n", "def from_config(cls, cfg):\n        raise MemoryError\n")
+    study = Study(tmp_path, tree=tree)
+    code, output = study.make("UNTIL=decided")
+    assert code == 2 and output.count("failed: exit status 1: MemoryError (see ") == 3, output
+    assert "without a result: V1 seed 1337 (failed), V1 seed 1338 (failed), V1 seed 1339 (failed)" in output
+
+
+def test_the_learning_rate_sweep(tmp_path):
+    study = Study(tmp_path, ABLATION_STEPS='"V0 V1"', TUNE_LR='"0.25 1"', LEARNING_RATE='"0.05"')
+    code, output = study.make("tune-lr", "JOBS=2")
+    assert code == 0, output
+    found = json.loads((study.out / "report.json").read_text())
+    assert {(e["step"], e["best"]) for e in found["sweep"]} == {("V0", 0.25), ("V1", 0.25)}, "five times too high a rate"
+    assert [s["name"] for s in found["steps"]] == ["V0", "V1", "V0 (tuned lr x0.25)", "V1 (tuned lr x0.25)"]
+    assert found["complete"] and "## At each step's best learning rate" in output
+
+
+def test_cells_of_two_machines_make_one_study(tmp_path):
+    """Each has half of the seeds of one plan; the archive of one goes into the other's folder."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    one, other = (Study(tmp_path / name, SEEDS='"2"', SAVE_MODEL="n") for name in "ab")
+    archive = tmp_path / "other.tar.gz"
+    assert one.make("SEEDS=1337")[0] == 0 and other.make("SEEDS=1338", "JOBS=2")[0] == 0
+    assert "INCOMPLETE" in (one.out / "report.md").read_text() and not list(tmp_path.rglob("model.pt"))
+    assert other.make("pack", f"FILE={archive}")[0] == 0 and archive.stat().st_size < 100_000
+    code, output = one.make("unpack", f"FILE={archive}")
+    assert code == 0, output
+    code, output = one.make()
+    assert code == 0 and "nothing to run, 4 cells" in output
+    found = json.loads((one.out / "report.json").read_text())
+    assert found["complete"] and [s["seeds_done"] for s in found["steps"]] == [2, 2] and found["plan"]["later_seeds"] == []
 
 
 def test_killed_cells_resume_bit_for_bit(tmp_path):

@@ -29,38 +29,41 @@ def words(text):
 
 
 GOALS = set(words("""
-run plan report check data
+run cells plan report check data tune-lr browse pack unpack
 menuconfig nconfig oldconfig olddefconfig listnewconfig savedefconfig list-defconfigs list-steps diffconfig
-setup test lint bench-check bench-overhead clean mrproper help
+setup test lint claims bench-check bench-overhead bench-stats clean mrproper help
 """))
 
 STATES = {"planned", "running", "interrupted", "stale", "done", "diverged", "failed"}
 
 KEYS = words("""
-format state reason study step optimizer seed identity val_loss val_perplexity best_val_loss train_loss iterations tokens
-train_seconds tokens_per_second budget_progress compile_seconds eval_seconds checkpoint_seconds other_seconds resumed
+format state reason inactive study step optimizer seed identity val_loss val_perplexity best_val_loss train_loss iterations
+tokens train_seconds tokens_per_second budget_progress compile_seconds eval_seconds checkpoint_seconds other_seconds resumed
 parameters sizes kv_cache_bytes peak_memory_bytes data environment configuration started finished
 """)
 
 # Symbols of a cell's identity: removing or renaming one, or changing its default, makes finished cells stale.
 IDENTITY = set(words("""
-ADAM_BETA1 ADAM_BETA2 AMP_BFLOAT16 AMP_FLOAT32 ATTENTION_SDPA ATTENTION_UNIFIED_RA BATCH_SIZE CPU_THREADS DATA_FINEWEB_EDU
-DATA_LOCAL DATA_PYSTDLIB DATA_SHAKESPEARE DATA_TINYSTORIES DEVICE_AUTO DEVICE_CPU DEVICE_CUDA GATE_LR_MULT GPT2_BIAS
-GPT2_BLOCK_SIZE GPT2_COMPILE GPT2_DROPOUT GPT2_EVAL_INTERVAL GPT2_EVAL_SAMPLES GPT2_GRADIENT_ACCUMULATION GPT2_MAX_ITERS
-GPT2_MAX_TIME GPT2_MAX_TOKENS GPT2_MIN_LR GPT2_MLP_EXPANSION GPT2_N_EMBD GPT2_N_HEAD GPT2_N_LAYER GPT2_WARMUP_STEPS
-GRAD_CLIP INIT_FROM_STEP LEARNING_RATE MLP_GELU MLP_RECIPROCAL MODEL_CUSTOM MODEL_GPT2 MODEL_GPT2_LARGE MODEL_GPT2_MEDIUM
-MODEL_GPT2_XL MODEL_TINY OPTIMIZER_ADAMW OPTIMIZER_ADAMWSPAM OPTIMIZER_SINKGD RA_GATES_FIXED RA_GATES_GEOMETRIC
-RA_PER_HEAD_GATES RA_R RA_SELF_RESTART RMLP_GATES_FIXED RMLP_GATES_GEOMETRIC RMLP_MIXER RMLP_R_FF RMLP_TOKEN_GATE SEED
-SINKGD_ITERS SINKGD_L1 SINKGD_MATRIX_LR_MULT SINKGD_TAU SPAM_INTERVAL SPAM_THETA SPAM_WARMUP_STEPS WEIGHT_DECAY
+ADAM_BETA1 ADAM_BETA2 AMP_BFLOAT16 AMP_FLOAT32 ATTENTION_OUTPUT_GATE ATTENTION_SDPA ATTENTION_UNIFIED_RA BATCH_SIZE
+CPU_THREADS DATA_FINEWEB_EDU DATA_LOCAL DATA_PYSTDLIB DATA_SHAKESPEARE DATA_TINYSTORIES DEVICE_AUTO DEVICE_CPU DEVICE_CUDA
+GATE_LR_MULT GPT2_BIAS GPT2_BLOCK_SIZE GPT2_COMPILE GPT2_DROPOUT GPT2_EVAL_INTERVAL GPT2_EVAL_SAMPLES
+GPT2_GRADIENT_ACCUMULATION GPT2_MAX_ITERS GPT2_MAX_TIME GPT2_MAX_TOKENS GPT2_MIN_LR GPT2_MLP_EXPANSION GPT2_N_EMBD GPT2_N_HEAD
+GPT2_N_LAYER GPT2_WARMUP_STEPS GRAD_CLIP INIT_FROM_STEP LEARNING_RATE LEARNING_RATE_MULT MLP_GELU MLP_RECIPROCAL MODEL_CUSTOM
+MODEL_GPT2 MODEL_GPT2_LARGE MODEL_GPT2_MEDIUM MODEL_GPT2_XL MODEL_TINY OPTIMIZER_ADAMW OPTIMIZER_ADAMWSPAM OPTIMIZER_SINKGD
+RA_GATES_FIXED RA_GATES_GEOMETRIC RA_PER_HEAD_GATES RA_R RA_SELF_RESTART RMLP_GATES_FIXED RMLP_GATES_GEOMETRIC RMLP_MIXER
+RMLP_R_FF RMLP_TOKEN_GATE SEED SINKGD_ITERS SINKGD_L1 SINKGD_MATRIX_LR_MULT SINKGD_TAU SPAM_INTERVAL SPAM_THETA
+SPAM_WARMUP_STEPS STREAMS WEIGHT_DECAY
 """))
 
 OUTSIDE_IDENTITY = set(words("""
-ABLATION_STEPS BASELINE CHECKPOINT_INTERVAL DATA_DIR DATA_LOCAL_DIR DATA_PREPARE_TOKENS DATA_SOURCE GPT2_LOG_INTERVAL MARGIN
-OPTIMIZERS OUTPUT_DIR SEEDS STUDY TRACKER_NONE TRACKER_PROJECT TRACKER_WANDB
+ABLATION_STEPS BASELINE CHECKPOINT_INTERVAL CONTROL_STEPS DATA_DIR DATA_LOCAL_DIR DATA_PREPARE_TOKENS DATA_SOURCE
+GPT2_LOG_INTERVAL JOBS MARGIN MAX_SEEDS OPTIMIZERS OUTPUT_DIR SAVE_MODEL SEEDS STUDY TRACKER_NONE TRACKER_PROJECT
+TRACKER_WANDB TUNE_LR
 """))
 
 DERIVED = set(words("""
 ATTENTION_CLASS DATASET DEVICE GPT2_AMP_DTYPE MLP_CLASS OPTIMIZER PRUNING RULES STEPS_DIR TOKENIZER TRACKER TRAINER VOCAB_SIZE
+WARNINGS
 """))
 
 
@@ -136,7 +139,7 @@ def test_whole_numbers_have_a_range_and_a_default_inside_it():
 
 
 def test_modules_that_symbols_name_are_there():
-    for name in ("ATTENTION_CLASS", "MLP_CLASS", "RULES"):
+    for name in ("ATTENTION_CLASS", "MLP_CLASS", "RULES", "WARNINGS"):
         for default, _ in SCHEMA.symbols[name].defaults:
             module, _, attribute = default.name.partition(":")
             assert re.search(rf"^(class|def) {attribute}\b", (ROOT / f"{module.replace('.', '/')}.py").read_text(), re.M)
@@ -174,7 +177,7 @@ def test_all_fragments_together_merge_in_any_pair():
 # Steps
 
 def test_there_are_steps():
-    assert STEPS.keys() >= {f"V{i}" for i in range(7)}
+    assert STEPS.keys() >= {*(f"V{i}" for i in range(7)), *CONTROLS}
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -184,6 +187,8 @@ def test_a_step_is_a_help_line_and_one_to_eight_symbols(name):
     assert 1 <= len(read_layer(STEPS[name])) <= 8
     twin = step_header(STEPS[name], "Equals")
     assert twin is None or (lines[1] == f"# Equals: {twin}" and twin in STEPS and twin != name)
+    control = step_header(STEPS[name], "Control")
+    assert control in (None, "null", "harm", "gain") and (control is None or lines[1 + bool(twin)] == f"# Control: {control}")
     assert re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name), "what ABLATION_STEPS can name"
     assert name not in GOALS, "what make can tell from a goal"
 
@@ -191,7 +196,7 @@ def test_a_step_is_a_help_line_and_one_to_eight_symbols(name):
 @pytest.mark.parametrize("study", STUDIES)
 def test_the_steps_of_a_study_differ_unless_they_say_that_they_do_not(study):
     study = Study(study, schema=SCHEMA)
-    cells = expand(study, "1")
+    cells = expand(study, [1])
     for one, two in combinations(cells, 2):
         declared = step_header(STEPS[one.step], "Equals") == two.step or step_header(STEPS[two.step], "Equals") == one.step
         assert declared or identity_changes(one.resolved.identity, two.resolved.identity), f"{one.step} is {two.step}"
@@ -218,7 +223,8 @@ MAIN = {"GPT2_N_LAYER": 12, "GPT2_N_HEAD": 12, "GPT2_N_EMBD": 768, "GPT2_BLOCK_S
 AS_TINY = {"GPT2_N_LAYER": 2, "GPT2_N_HEAD": 2, "GPT2_N_EMBD": 128, "GPT2_BLOCK_SIZE": 128, "VOCAB_SIZE": 256,
            "TOKENIZER": "bytes", "DATASET": "pystdlib", "GPT2_GRADIENT_ACCUMULATION": 1, "LEARNING_RATE": 3e-3,
            "GPT2_MIN_LR": 3e-4, "GPT2_WARMUP_STEPS": 20, "GPT2_COMPILE": False, "GPT2_MAX_TIME": 0, "GPT2_MAX_ITERS": 250,
-           "GPT2_EVAL_INTERVAL": 50, "GPT2_EVAL_SAMPLES": 20, "DEVICE": "cpu", "CPU_THREADS": 1}
+           "GPT2_EVAL_INTERVAL": 50, "GPT2_EVAL_SAMPLES": 20, "DEVICE": "cpu", "CPU_THREADS": 1,
+           "SEEDS": "1337 1338 1339", "GPT2_DROPOUT": 0.0}
 
 
 @pytest.mark.parametrize("name, expected", [("gpt2-ra-ablation", MAIN), ("gpt2-ra-ablation+tiny", MAIN | AS_TINY)])
@@ -242,6 +248,27 @@ def test_the_v_steps_are_the_documented_ones(step):
     assert cfg.MLP_CLASS.endswith("ReciprocalMLP" if step in ("V3", "V4", "V5", "V6") else ":MLP")
     if step != "V0":
         assert cfg.RA_GATES_GEOMETRIC and cfg.RA_PER_HEAD_GATES
+
+
+# Name: (what it controls, what it equals in architecture, what differs from V0 in its resolved configuration)
+CONTROLS = {"A0": ("null", "V0", {"STREAMS": 1}), "P0": ("harm", "V0", {"LEARNING_RATE_MULT": 0.1}),
+            "OG0": ("gain", None, {"ATTENTION_SDPA": False, "ATTENTION_OUTPUT_GATE": True,
+                                   "ATTENTION_CLASS": "gpt2.attention.output_gate:OutputGateAttention"})}
+
+
+@pytest.mark.parametrize("step", CONTROLS)
+def test_the_controls_differ_from_v0_in_what_they_control_only(step):
+    control, twin, differing = CONTROLS[step]
+    assert (step_header(STEPS[step], "Control"), step_header(STEPS[step], "Equals")) == (control, twin)
+    one, other = (load("gpt2-ra-ablation", name).as_json() for name in (step, "V0"))
+    assert {name: value for name, value in one.items() if value != other[name]} == differing
+
+
+def test_the_fragment_controls_adds_them_to_any_study_and_a_study_of_them_alone_is_there():
+    for name in STUDIES:
+        steps = [cell.step for cell in expand(Study(f"{name}+controls", schema=SCHEMA), [1])]
+        assert steps[-3:] == list(CONTROLS) and len(set(steps)) == len(steps)
+    assert load("gpt2-controls").ABLATION_STEPS.split() == ["V0", *CONTROLS]
 
 
 # Goals that need no configuration, and tools that need no torch
@@ -288,7 +315,8 @@ def test_tools_that_do_not_train_do_not_import_torch(dotconfig, tmp_path, words)
     done = subprocess.run([sys.executable, "-c", CODE, *words.split()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     imported = set(done.stdout.rsplit("IMPORTED", 1)[1].split())
-    assert "scripts" in imported and not imported & HEAVY
+    heavy = HEAVY - {"scipy"} if words == "scripts.report" else HEAVY  # verdicts need its distributions
+    assert "scripts" in imported and not imported & heavy
 
 
 def test_every_tool_explains_itself_without_a_configuration(tmp_path):
