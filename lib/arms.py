@@ -40,10 +40,12 @@ def group(study: Study, rows: list[tuple[Cell, Status]], tuned: dict | None = No
     by_arm: dict[tuple[str, str], list] = {}
     for cell, status in rows:
         by_arm.setdefault((cell.step, cell.optimizer), []).append((cell, status))
-    several = len({optimizer for _, optimizer in by_arm}) > 1
+    meant = {arm: (arm[0], None) if tuned is None else tuned[arm] for arm in by_arm}
+    names = [step for step, _ in meant.values()]
+    several = len(set(names)) < len(names)  # the optimizer is a dimension
     found = []
     for (spec, optimizer), cells in by_arm.items():
-        step, multiple = (spec, None) if tuned is None else tuned[spec, optimizer]
+        step, multiple = meant[spec, optimizer]
         name = f"{step} {optimizer}" if several else step
         if multiple is not None:
             name += f" (tuned lr x{multiple:g})"

@@ -51,7 +51,7 @@ def content(plan) -> dict:
                  "sentence": design.sentence(last["plan"]), "on_record": history == plan.recorded},
         "complete": all(cell["state"] in ("done", "diverged") for step in steps for cell in step["cells"]),
         "steps": steps, "sweep": sweep, "noise": _noise(base, steps),
-        "environment": records[0]["environment"] if records else None, "data": records[0]["data"] if records else None,
+        "environment": _environment(records), "data": records[0]["data"] if records else None,
         "outside_budget": _outside_budget(records),
         "notes": _notes(plan, history, steps, compared, sweep or []),
         "control_failures": [f for s in steps if (f := control_failure(s["name"], s["control"], compared.get(s["name"])))],
@@ -217,6 +217,14 @@ def _noise(base: dict, steps: list[dict]) -> dict | None:
             text += f"; the A/A control {step['name']} differs from it with a standard deviation of {found['control_sd']:.4f}"
             break
     return found | {"sentence": text}
+
+
+def _environment(records: list[dict]) -> dict | None:
+    """That of the first finished cell, with every device that cells ran on."""
+    if not records:
+        return None
+    devices = sorted({str(record["environment"].get("device")) for record in records})
+    return records[0]["environment"] | {"device": " and ".join(devices)}
 
 
 def _outside_budget(records: list[dict]) -> dict | None:

@@ -32,7 +32,7 @@ def test_the_command():
 def test_symbols_only_on_one_side_and_what_follows_from_a_choice(diff):
     lines = diff("gpt2-ra-ablation", "gpt2-ra-ablation+tiny").splitlines()
     assert {"-MODEL_GPT2 y", "+MODEL_TINY y", " GPT2_N_LAYER 12 -> 2", " GPT2_MAX_TIME 7200 -> 0",
-            " LEARNING_RATE 0.0006 -> 0.003", "-GPT2_COMPILE y", "+DEVICE_CPU y",
+            " LEARNING_RATE 0.0006 -> 0.0015", "-GPT2_COMPILE y", "+DEVICE_CPU y",
             " DATASET finewebedu -> pystdlib"} <= set(lines)
     assert [line[1:] for line in lines] == sorted((line[1:] for line in lines), key=lambda line: line.split()[0])
 

@@ -38,7 +38,7 @@ def test_defconfig_writes_the_study_and_keeps_the_old_one(dotconfig):
     assert path.with_name(path.name + ".old").read_text() == "CONFIG_SEED=5\n"
     study = Study()
     assert study.name == "gpt2-ra-ablation+tiny" and study.config.GPT2_N_LAYER == 2
-    assert {"CONFIG_GPT2_MAX_ITERS=250", 'CONFIG_LEARNING_RATE="0.003"', "# CONFIG_GPT2_COMPILE is not set",
+    assert {"CONFIG_GPT2_MAX_ITERS=250", 'CONFIG_LEARNING_RATE="0.0015"', "# CONFIG_GPT2_COMPILE is not set",
             'CONFIG_OPTIMIZER="adamwspam"'} <= set(path.read_text().splitlines()), "the full form"
     before = path.read_text()
     ok("defconfig", "gpt2-ra-ablation+tiny")

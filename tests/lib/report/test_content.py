@@ -93,6 +93,20 @@ def test_each_optimizer_is_compared_with_its_own_baseline(study):
     assert words(found) == {"V1 adamw": "BETTER", "V1 sinkgd": "WORSE"} and found["plan"]["comparisons"] == 2
 
 
+def test_a_step_with_an_optimizer_of_its_own_is_compared_with_the_only_baseline(study):
+    found = content(study("V0 V0@OPTIMIZER_ADAMW=y", V0=V0, **{"V0@OPTIMIZER_ADAMW=y": BELOW}))
+    assert words(found) == {"V0@OPTIMIZER_ADAMW=y": "BETTER"}
+
+
+def test_every_machine_is_named(study, tmp_path):
+    study(V0=V0, V1=BELOW)
+    for cell in expand(Study(), [3]):
+        finish(tmp_path / "out", cell, val_loss=3.05 - 0.101 * (cell.step == "V1"), train_loss=1.0 * (cell.step == "V1"),
+               environment=dict(MEASURED["environment"], device="another CPU"))
+    found = content(Plan(Options()))
+    assert found["environment"]["device"] == "a CPU and another CPU" and words(found) == {"V1": "BETTER"}
+
+
 def test_an_override_stands_in_the_title(study, monkeypatch):
     monkeypatch.setenv("GPT2_MAX_TIME", "60")
     assert content(study(seeds="1", write=False))["title"] == "mine with GPT2_MAX_TIME=60"
