@@ -79,15 +79,14 @@ def _different(cells, facts) -> list[str]:
     found = []
     if not cells:
         return found
-    first, _, record = cells[0]
-    expected = facts(record)
+    known = [(name, facts(record)) for name, _, record in cells]
+    first, expected = known[0]
     for field in expected:
-        for name, _, other in cells:
-            value = facts(other)[field]
-            if value is None:
+        for name, values in known:
+            if values[field] is None:
                 found.append(f"{field} is not recorded: {name}")
-            elif expected[field] is not None and value != expected[field]:
-                found.append(f"{field} differs: {name} has {_short(value)}, {first} {_short(expected[field])}")
+            elif expected[field] is not None and values[field] != expected[field]:
+                found.append(f"{field} differs: {name} has {_short(values[field])}, {first} {_short(expected[field])}")
             else:
                 continue
             break

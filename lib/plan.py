@@ -171,7 +171,7 @@ class Plan:
     def write(self) -> Path:
         """Archive stale cells, put the design on record, and write OUT/cells.mk with what must run; returns its path."""
         must_run = [cell for cell, _, runs in self.rows() if runs]
-        history = self.history()
+        history = self.history
         try:
             (self.out / "plan").mkdir(parents=True, exist_ok=True)
             design.write(self.out, history)
@@ -233,6 +233,7 @@ class Plan:
         return [(cell, self.status[cell.name]) for cell in cells
                 if cell.seed in planned or self.status[cell.name].state in FINISHED]
 
+    @cached_property
     def history(self) -> list[dict]:
         """The designs on record, with what is configured and found now as the last, if that differs."""
         arms = {f"{cell.step} {cell.optimizer}": cell.resolved.identity["hash"] for cell in self.common}
@@ -246,7 +247,7 @@ class Plan:
 
     def comparisons(self) -> int:
         """The size of the family of verdicts."""
-        return design.comparisons(self.history())
+        return design.comparisons(self.history)
 
     @cached_property
     def jobs(self) -> int:

@@ -51,7 +51,7 @@ def check_data(plan: Plan) -> None:
 
 def described(plan: Plan) -> str:
     """The design in force, with the hash it is on record with."""
-    last = plan.history()[-1]
+    last = plan.history[-1]
     return f"plan {last['hash']}: {design.sentence(last['plan'])}"
 
 

@@ -87,3 +87,21 @@ def snapshot(folder: Path) -> dict:
             with open(path := os.path.join(where, name), "rb") as file:
                 found[path] = (os.fstat(file.fileno()).st_mtime_ns, file.read())
     return found
+
+
+class Never:
+    """Never asks the loop to stop."""
+
+    asked, training = False, False
+
+
+class StopAfter(Never):
+    """Asks the loop to stop once it has been looked at `steps` times."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    @property
+    def asked(self):
+        self.steps -= 1
+        return self.steps < 0

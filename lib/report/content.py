@@ -26,9 +26,11 @@ UNRESOLVED = ("failed", "diverged", "stale", "interrupted")  # states whose reas
 def content(plan) -> dict:
     """The report of a plan's study. UserError if two folders hold the same cell."""
     refuse_copies(plan)
-    history, sweep = plan.history(), _sweep(plan)
+    history, sweep = plan.history, _sweep(plan)
     test, later = design.test(history), design.later_seeds(history)
     order = list(dict.fromkeys([*plan.seeds, *(cell.seed for cell in plan.more)]))
+    curves = {cell.name: _evaluations(plan.out / cell.name) for cell in {c.name: c for c in [*plan.cells, *plan.more]}.values()
+              if plan.status[cell.name].state == "done"}
     steps, compared = [], {}
     for cells, tuned in ((plan.common, None), (plan.tuned_cells, plan.tuned)):
         if not cells:
@@ -36,7 +38,7 @@ def content(plan) -> dict:
         groups = group(plan.study, plan.found(cells), tuned)
         comparisons = compare(plan.study, groups, order, test, comparisons=0 if tuned else design.comparisons(history))
         compared |= comparisons
-        steps += [_step(plan, groups, one, comparisons.get(one.name), later, test) for one in groups]
+        steps += [_step(plan, groups, one, comparisons.get(one.name), later, test, curves) for one in groups]
     records = [s.record for c, s in plan.found(plan.common) if s.state == "done"]
     base = next(step for step in steps if step["is_baseline"])
     overrides = ", ".join(f"{a.name}={a.value}" for a in plan.study.overrides)
@@ -58,19 +60,20 @@ def content(plan) -> dict:
     }
 
 
-def _step(plan, groups: list[Group], one: Group, comparison: Comparison | None, later: list[int], test: str) -> dict:
+def _step(plan, groups: list[Group], one: Group, comparison: Comparison | None, later: list[int], test: str,
+          evaluations: dict[str, list]) -> dict:
     base = reference(plan.study, groups, one)
     records = {cell.seed: status.record for cell, status in one.cells if status.state == "done"}
     config = one.cells[0][0].resolved.config.as_json()
     other = base.cells[0][0].resolved.config.as_json()
     states = [status.state for _, status in one.cells]
-    curves = {seed: _rows(plan.out / cell.name) for (cell, status) in one.cells if (seed := cell.seed) in records}
+    curves = {cell.seed: evaluations[cell.name] for cell, _ in one.cells if cell.seed in records}
     return {
         "name": one.name, "step": one.step, "optimizer": one.optimizer, "help": one.help,
         "is_baseline": comparison is None, "control": one.control, "tuned": one.tuned,
         "states": {state: states.count(state) for state in dict.fromkeys(states)},
         "seeds_done": len(records), "seeds_planned": len(one.cells), "mean": _means(list(records.values())),
-        "comparison": comparison and _comparison(plan, one, base, comparison, test),
+        "comparison": comparison and _comparison(one, base, comparison, test, evaluations),
         "configuration": config, "differs": {k: [other[k], config[k]] for k in config if config[k] != other[k]},
         "curves": [_curve(seed, rows) for seed, rows in sorted(curves.items())],
         "gates_by_layer": [gate for seed, rows in sorted(curves.items()) for gate in _gates(seed, rows)],
@@ -92,7 +95,7 @@ def _means(records: list[dict]) -> dict:
     return found
 
 
-def _comparison(plan, one: Group, base: Group, c: Comparison, test: str) -> dict:
+def _comparison(one: Group, base: Group, c: Comparison, test: str, evaluations: dict[str, list]) -> dict:
     e = c.estimate
     found = {"word": c.word, "sentence": c.sentence, "method": e and e.method, "n": e and e.n,
              "n_baseline": e and e.n_reference, "difference": e and e.difference, "low": e and e.low, "high": e and e.high,
@@ -101,27 +104,26 @@ def _comparison(plan, one: Group, base: Group, c: Comparison, test: str) -> dict
              "correlation": c.correlation, "by_seed": {str(seed): d for seed, d in c.by_seed.items()}, "gates": c.gates,
              "equal_tokens": None, "equal_seconds": None, "speed": None}
     if c.by_seed:
-        arms = ({cell.seed: (cell.name, status.record) for cell, status in arm.cells if cell.seed in c.by_seed}
+        arms = ({cell.seed: (evaluations[cell.name], status.record) for cell, status in arm.cells if cell.seed in c.by_seed}
                 for arm in (one, base))
-        found |= views(plan.out, *arms, test)
+        found |= views(*arms, test)
     return found
 
 
-def views(out: Path, arm: dict, base: dict, test: str) -> dict:
+def views(arm: dict, base: dict, test: str) -> dict:
     """Loss at equal tokens and at equal training seconds, and the ratio of tokens/s, over the seeds both have.
 
     They describe; no verdict rests on them. Their 95 % intervals are each on its own, and as valid under looks as `test`.
 
-    Both are {seed: (folder name, record)}. The arm that went further is read off its evaluations, in a straight line
+    Both are {seed: (evaluations, record)}. The arm that went further is read off its evaluations, in a straight line
     between them; its schedule was not at its end there, which favours the other one.
     """
     estimator = anytime.estimate if test == "anytime" else stats.paired
     at: dict[str, list] = {"tokens": [], "train_seconds": []}
     for seed in sorted(arm.keys() & base.keys()):
-        rows = [_rows(out / name) for name, _ in (arm[seed], base[seed])]
         for key, pairs in at.items():
             where = min(arm[seed][1][key], base[seed][1][key])
-            losses = [_loss_at(one, key, where, record) for one, (_, record) in zip(rows, (arm[seed], base[seed]), strict=True)]
+            losses = [_loss_at(rows, key, where, record) for rows, record in (arm[seed], base[seed])]
             if None not in losses:
                 pairs.append((losses[0] - losses[1], where))
     found = {}
@@ -146,7 +148,7 @@ def _loss_at(rows: list[dict], key: str, where: float, record: dict) -> float | 
     return float(np.interp(where, x, [row["val_loss"] for row in rows]))
 
 
-def _rows(folder: Path) -> list[dict]:
+def _evaluations(folder: Path) -> list[dict]:
     """The evaluations in a cell's metrics.jsonl, in order; lines that are damaged are left out."""
     found = []
     try:

@@ -14,25 +14,7 @@ from lib.config import load
 from lib.data import open_corpus
 from lib.errors import UserError
 from tests.gpt2.conftest import STEPS
-
-
-class StopAfter:
-    """Asks the loop to stop once it has been looked at `steps` times."""
-
-    training = False
-
-    def __init__(self, steps):
-        self.steps = steps
-
-    @property
-    def asked(self):
-        self.steps -= 1
-        return self.steps < 0
-
-
-class Never:
-    asked, training = False, False
-
+from tests.harness import Never, StopAfter
 
 IDENTITY = {"hash": "x", "set": {"MODEL_TINY": "y"}, "default": {"RA_R": "4"}}
 

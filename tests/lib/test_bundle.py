@@ -121,7 +121,7 @@ def test_cells_that_ran_by_another_plan_are_said(machine, tmp_path, seeds, warne
     pack(there.out, tmp_path / "x.tar.gz")
     here = machine("a", seeds="1337 1338")
     found = unpack(here, tmp_path / "x.tar.gz")
-    assert found.other_plan == (there.history()[-1]["hash"] if warned else None) and len(found.added) == 2
+    assert found.other_plan == (there.history[-1]["hash"] if warned else None) and len(found.added) == 2
 
 
 def test_the_archive_holds_records_and_logs_and_nothing_else(machine, tmp_path):
@@ -600,7 +600,7 @@ def test_a_record_that_does_not_hold_together_is_refused(honest, monkeypatch, ch
 
 def test_a_stored_configuration_that_is_not_its_own_hash_is_refused(honest, monkeypatch):
     """The next make would run what it says, whatever trainer that is."""
-    content = b'{"trainer": "/tmp/evil.py"}'
+    content = b'{"trainer": "elsewhere/evil.py"}'
     name = f"plan/{hashlib.sha256(b'something else').hexdigest()[:16]}.json"
     assert refused(honest, monkeypatch, tar_bytes(*honest_members(honest), member(name, content))) == (
         f"X holds {name}, but its content does not have the hash in its name.", FOREIGN)

@@ -43,7 +43,7 @@ def test_seeds_on_the_command_line_are_a_part_of_the_plan_or_another_one(study, 
 def test_two_machines_share_one_plan(study):
     out = study("1 2 3 4")
     one, other = Plan(Options(seeds="1 2")), Plan(Options(seeds="3 4"))
-    assert one.history()[-1]["hash"] == other.history()[-1]["hash"] == Plan(Options()).history()[-1]["hash"]
+    assert one.history[-1]["hash"] == other.history[-1]["hash"] == Plan(Options()).history[-1]["hash"]
     results(out, [1, 2], 0.1)
     assert running(Plan(Options(seeds="1 2"))) == [] and running(Plan(Options())) == [3, 4]
 
@@ -75,7 +75,7 @@ def test_blocks_are_added_until_all_is_decided(study):
         seen.append(now)
         results(out, now, 0.04, spread=0.3)
     assert seen == [[1, 2, 3], [4], [5]] and Plan(UNTIL).undecided == []
-    assert len(Plan(UNTIL).history()) == 1, "one plan from the first cell to the last"
+    assert len(Plan(UNTIL).history) == 1, "one plan from the first cell to the last"
 
 
 def test_it_ends_at_the_most_seeds(study):
@@ -122,7 +122,7 @@ def test_the_result_of_until_decided_is_still_read_by_the_anytime_test(study):
     out = study()
     Plan(UNTIL).write()
     results(out, [1, 2, 3, 4], 0.04)
-    history = Plan(Options()).history()
+    history = Plan(Options()).history
     assert design.test(history) == "anytime" and history[-1]["plan"]["test"] == "anytime"
 
 

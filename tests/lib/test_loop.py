@@ -15,6 +15,7 @@ from lib import loop, optimizers, runtime, tracking
 from lib.config import load
 from lib.data import open_corpus
 from lib.streams import cell_seed, stream_seed
+from tests.harness import Never, StopAfter
 
 torch.set_num_threads(1)
 SIZES = {"GPT2_BLOCK_SIZE": 32, "BATCH_SIZE": 2, "GPT2_EVAL_SAMPLES": 2, "GPT2_EVAL_INTERVAL": 2, "GPT2_LOG_INTERVAL": 2}
@@ -55,20 +56,6 @@ class Bigram(nn.Module):
             h = layer(h)
         logits = self.head(h)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-class Never:
-    asked, training = False, False
-
-
-class StopAfter(Never):
-    def __init__(self, steps):
-        self.steps = steps
-
-    @property
-    def asked(self):
-        self.steps -= 1
-        return self.steps < 0
 
 
 def configuration(**symbols):

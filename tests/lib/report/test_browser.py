@@ -62,16 +62,6 @@ addEventListener("message", event => {
 </script>""" + "".join(f'<iframe src="page.html" style="border:0;width:{w}px;height:900px"></iframe>' for w in (PHONE, DESK))
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(cache, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-
-
 def shown(folder, text, scheme="light") -> tuple[dict, dict, list[str]]:
     """What was measured at a phone's and at a desk's width, and what the browser's console said."""
     before, _, after = text.rpartition("</body>")  # the last one: Vega's own code holds the word too

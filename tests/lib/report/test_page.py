@@ -17,16 +17,6 @@ ORDER = ["verdicts", "differences", "loss", "gates", "throughput", "memory", "co
          "environment", "notes"]
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(cache, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-
-
 class Outline(HTMLParser):
     """Elements, attributes and visible text; fails on elements that are closed wrongly."""
 
