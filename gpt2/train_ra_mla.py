@@ -145,7 +145,7 @@ def run_cell(folder: Path) -> int:
         other_seconds=clocks["other"], resumed=progress.resumed,
         parameters=sum(p.numel() for p in model.parameters()), sizes=model.sizes(),
         kv_cache_bytes=model.new_cache(1, dtype=getattr(torch, runtime.precision(cfg, device))).nbytes(),
-        peak_memory_bytes=runtime.peak_memory_bytes(device),
+        peak_memory_bytes=max(progress.peak_memory_bytes, runtime.peak_memory_bytes(device)),
         data=corpus.record() | {"eval_hash": progress.eval_hash, "unigram_entropy": progress.unigram_entropy},
         environment=environment,
         configuration=cfg.as_json(), started=started, finished=datetime.now(UTC).isoformat(timespec="seconds"))

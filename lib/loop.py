@@ -5,11 +5,7 @@ trackers) have clocks of their own, and every second of the process is on one of
 and dropout come from streams keyed by (cell_seed, purpose, iteration), so the position in every stream is the iteration
 number, and a resumed run continues bit for bit.
 
-The loop knows no mechanism. What a module may offer, and nothing else is asked of it:
-- `stats()`: {metric name: tensor}, logged; a number in the module's dotted name is its layer.
-- `inactive()`: asked once, after the last evaluation; a sentence on why the mechanism never acted ("the coupling stayed
-  at 0 (delay of 75 steps)"), or None. What it goes by is in its state_dict, so that a resumed run knows it too.
-- `gate_parameters`: names of parameters with an optimizer group of their own (lib/optimizers).
+The loop knows no mechanism; what a module of the model may ask of it, and it of the module, is in lib/mechanisms.py.
 """
 
 import copy
@@ -26,6 +22,7 @@ from lib import checkpoint, process, runtime
 from lib.config import identity_changes
 from lib.data import EvalSet, train_batch, unigram_entropy
 from lib.errors import UserError
+from lib.mechanisms import Mechanisms, Moment
 from lib.schedule import Budget, learning_rate, tokens_per_iteration
 from lib.streams import cell_seed, stream_seed
 
@@ -48,9 +45,12 @@ class Progress:
     resumed: int = 0
     rows: int = 0
     best_val_loss: float | None = None
+    first_val_loss: float | None = None
     train_loss: float | None = None
     val_loss: float | None = None
     inactive: str | None = None
+    last_loss: float | None = None
+    peak_memory_bytes: int = 0  # of programs and processes before this one
     loss_sum: float = 0.0
     loss_count: int = 0
     eval_hash: str | None = None
@@ -109,20 +109,26 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
     budget, per_iteration = Budget.from_config(cfg), tokens_per_iteration(cfg)
     eval_set = EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, cfg.BATCH_SIZE, cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
     data = {"train_hash": corpus.train.fingerprint(), "eval_hash": eval_set.hash}
-    if cfg.GPT2_COMPILE or device.type == "cuda":
-        clock.switch("compile")
-        warm_up(cfg, model, optimizer, eval_set, device)
-        clock.switch("other")
+    compiling = cfg.GPT2_COMPILE or device.type == "cuda"
     if (folder / "checkpoint.pt").exists():
         resume(folder, identity, data, model, optimizer, progress, device)
+    if cfg.GPT2_COMPILE:
+        model.compile(dynamic=False)
+    if compiling:
+        clock.switch("compile")
+        warm_up(cfg, model, optimizer, eval_set, device)
+        runtime.reset_peak_memory(device)
+        clock.switch("other")
     progress.eval_hash, progress.unigram_entropy = eval_set.hash, unigram_entropy(corpus.train, eval_set)
     log = open_log(progress.rows)
-    stats = [(name, module) for name, module in model.named_modules() if hasattr(module, "stats")]
+    mechanisms = Mechanisms(model)
 
     def save_checkpoint():
         clock.switch("checkpoint")
         progress.rows = log.count
+        progress.peak_memory_bytes = max(progress.peak_memory_bytes, runtime.peak_memory_bytes(device))
         progress.loss_sum, progress.loss_count = loss_sum.item(), loss_count
+        progress.last_loss = None if last_loss is None else last_loss.item()
         checkpoint.save(folder / "checkpoint.pt", identity=identity, data=data, progress=vars(progress),
                         model=model.state_dict(), optimizer=optimizer.state_dict())
 
@@ -137,12 +143,14 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
         best = progress.best_val_loss
         if math.isfinite(progress.val_loss):
             progress.best_val_loss = progress.val_loss if best is None else min(best, progress.val_loss)
-        progress.inactive = inactive(model) if last else None
+        if progress.first_val_loss is None:
+            progress.first_val_loss = progress.val_loss
+        progress.inactive = mechanisms.inactive() if last else None
         log.row(iteration=progress.iteration, tokens=progress.iteration * per_iteration, train_seconds=clock.read("train"),
                 progress=budget.progress(progress.iteration, clock.read("train")),
                 train_loss=progress.train_loss, train_perplexity=perplexity(progress.train_loss),
                 val_loss=progress.val_loss, val_perplexity=perplexity(progress.val_loss),
-                best_val_loss=progress.best_val_loss, **gate_statistics(stats, by_layer=True),
+                best_val_loss=progress.best_val_loss, **mechanisms.statistics(by_layer=True),
                 **({"inactive": progress.inactive} if progress.inactive else {}))
         if not math.isfinite(progress.val_loss):
             log.close()
@@ -150,6 +158,7 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
 
     loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=device)
     loss_count = progress.loss_count
+    last_loss = None if progress.last_loss is None else loss_sum.new_tensor(progress.last_loss)
     row_iteration, row_seconds = progress.iteration, clock.read("train")
     last_saved = time.monotonic()
     model.train()
@@ -161,6 +170,15 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
             save_checkpoint()
             log.close()
             raise Interrupted
+        moment = Moment(progress.iteration, share, last_loss, progress.first_val_loss, progress.val_loss)
+        if mechanisms.advance(moment) and compiling:
+            clock.switch("compile")
+            progress.peak_memory_bytes = max(progress.peak_memory_bytes, runtime.peak_memory_bytes(device))
+            torch.compiler.reset()  # one program at a time, so that no number of changes meets the compiler's limit
+            warm_up(cfg, model, optimizer, eval_set, device)
+            runtime.reset_peak_memory(device)
+            model.train()
+            clock.switch("train")
         rate = learning_rate(cfg, progress.iteration, share)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_mult"]
@@ -175,11 +193,12 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
                 _, loss = model(x, y)
             if timer:
                 timer.stop()
-            (loss / cfg.GPT2_GRADIENT_ACCUMULATION).backward()
+            ((loss + mechanisms.penalty()) / cfg.GPT2_GRADIENT_ACCUMULATION).backward()
             step_loss += loss.detach().double() / cfg.GPT2_GRADIENT_ACCUMULATION
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.GRAD_CLIP or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        last_loss = step_loss
         loss_sum += step_loss
         loss_count += 1
         progress.iteration += 1
@@ -193,7 +212,7 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
                     progress=budget.progress(progress.iteration, row_seconds), train_loss_step=step_loss.item(),
                     learning_rate=rate, grad_norm=norm.item(), forward_time_ms=timer.milliseconds(),
                     tokens_per_second=iterations * per_iteration / seconds, steps_per_second=iterations / seconds,
-                    peak_memory_bytes=runtime.peak_memory_bytes(device), **gate_statistics(stats))
+                    peak_memory_bytes=runtime.peak_memory_bytes(device), **mechanisms.statistics())
             if not math.isfinite(step_loss.item()):
                 log.close()
                 raise Diverged(f"the training loss is {step_loss.item()} at iteration {progress.iteration}")
@@ -231,25 +250,21 @@ def resume(folder: Path, identity: dict, data: dict, model, optimizer, progress:
 
 
 def warm_up(cfg, model, optimizer, eval_set, device) -> None:
-    """Compile, allocate and choose kernels in a few steps whose effect is undone, before the budget starts."""
+    """Compile, allocate and choose kernels in a few steps whose effect is undone, off the budget."""
     before, optimizer_before = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
-    if cfg.GPT2_COMPILE:
-        model.compile(dynamic=False)
     batch = next(iter(eval_set))
     model.train()
     for _ in range(COMPILE_WARMUP_STEPS):
         x, y = to_device(batch, device)
         with runtime.autocast(cfg, device):
             _, loss = model(x, y)
-        loss.backward()
+        (loss + Mechanisms(model).penalty()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.GRAD_CLIP or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     evaluate(cfg, model, [batch], device)
     model.load_state_dict(before)
     optimizer.load_state_dict(optimizer_before)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 @torch.no_grad()
@@ -276,43 +291,6 @@ def to_device(batch, device):
 def perplexity(loss: float | None) -> float | None:
     """exp(loss); null where the loss is missing or too large for a float."""
     return None if loss is None or not loss < 700 else math.exp(loss)
-
-
-@torch.no_grad()
-def gate_statistics(modules, by_layer: bool = False) -> dict[str, float]:
-    """Mean, min, max and standard deviation of each statistic over all layers (and heads), in one transfer.
-
-    `modules` are pairs of a dotted name and a module. `by_layer` adds the mean over each layer's heads as
-    "<statistic>/layer<number>", for modules that are in one.
-    """
-    values: dict[str, list] = {}
-    layers: dict[str, list] = {}
-    for where, module in modules:
-        layer = layer_number(where)
-        for name, value in module.stats().items():
-            values.setdefault(name, []).append(value.detach().float().flatten())
-            if by_layer and layer is not None:
-                layers.setdefault(f"{name}/layer{layer}", []).append(values[name][-1])
-    found = {}
-    for name, parts in values.items():
-        joined = torch.cat(parts)
-        found |= {f"{name}_mean": joined.mean(), f"{name}_min": joined.min(), f"{name}_max": joined.max(),
-                  f"{name}_std": joined.std(unbiased=False)}
-    found |= {name: torch.cat(parts).mean() for name, parts in layers.items()}
-    return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
-
-
-def layer_number(name: str) -> int | None:
-    """The layer a module is in: the first whole number in its dotted name, "transformer.h.3.attn" is in 3."""
-    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
-
-
-def inactive(model) -> str | None:
-    """Why a mechanism of the model never acted, in the words of the first module that says so, after its name."""
-    for name, module in model.named_modules():
-        if (ask := getattr(module, "inactive", None)) and (sentence := ask()):
-            return f"{name}: {sentence}" if name else sentence
-    return None
 
 
 class ForwardTimer:

@@ -21,12 +21,12 @@ from lib.paths import ROOT
 # What makes no number, files and packages. A module that is not listed counts; when in doubt, list nothing.
 MAKES_NO_NUMBER = (
     # Reads results afterwards.
-    "lib/anytime.py", "lib/arms.py", "lib/bundle.py", "lib/claims.py", "lib/design.py", "lib/gates.py", "lib/looks.py",
-    "lib/report", "lib/simulation.py", "lib/stats.py", "lib/verdicts.py",
+    "lib/anytime.py", "lib/arms.py", "lib/bundle.py", "lib/claims.py", "lib/classes.py", "lib/design.py", "lib/gates.py",
+    "lib/looks.py", "lib/report", "lib/simulation.py", "lib/stats.py", "lib/verdicts.py",
     # Plans and launches: what came of it is in the cell's configuration.
     "lib/cells.py", "lib/launch.py", "lib/plan.py", "lib/tables.py", "lib/tuning.py",
     # Judges mechanisms without training; makes data sets, which are recorded by their own hashes.
-    "gpt2/laws.py", "lib/data/prepare.py", "lib/data/shards.py",
+    "gpt2/laws.py", "gpt2/function_class.py", "lib/data/prepare.py", "lib/data/shards.py",
 )
 # The same for modules that a cell does import: where fragments lie, and how errors are worded.
 IMPORTED_BUT_MAKES_NO_NUMBER = ("lib/errors.py", "lib/steps.py")
@@ -65,6 +65,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak so far, on a GPU; a process's own cannot be forgotten."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def sources(root: Path = ROOT) -> dict[str, str]:

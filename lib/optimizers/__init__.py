@@ -4,6 +4,8 @@ Contract: `build(model, cfg)` reads OPTIMIZER and the symbols that OPTIMIZER mak
 Which parameter falls into which group depends on its shape and on what its module declares, never on its name:
 - `gate_parameters` of a module: a tuple of its own parameters' names; they are never decayed and learn at
   GATE_LR_MULT times the rate.
+- `structure_parameters`, likewise: what decides which paths of a model are computed (skip, direction, router). They are never
+  decayed and learn at STRUCT_LR, under the schedule of the rest.
 - `embedding_parameters`, likewise: they, and every nn.Embedding's weight, are no matrices for SinkGD. A head that is
   tied to the token embedding is the same parameter, so it is in there too.
 
@@ -44,26 +46,30 @@ def embeddings(model: nn.Module) -> set[int]:
 
 
 def param_groups(model: nn.Module, cfg) -> list[dict]:
-    """Groups "decay" (two dimensions and more), "no_decay" and "gate"; those without a parameter are left out.
+    """Groups "decay" (two dimensions and more), "no_decay", "gate" and "structure"; those without a parameter are left out.
 
     A parameter with several names is in there once, under its first. For SinkGD "matrix" is split off from "decay":
     what is two-dimensional and no embedding, at SINKGD_MATRIX_LR_MULT of the rate.
     """
-    gates, tables = declared(model, "gate_parameters"), embeddings(model)
+    gates, structure, tables = declared(model, "gate_parameters"), declared(model, "structure_parameters"), embeddings(model)
 
     def group_of(p):
+        if id(p) in structure:
+            return "structure"
         if id(p) in gates:
             return "gate"
         if p.ndim < 2:
             return "no_decay"
         return "matrix" if cfg.OPTIMIZER == "sinkgd" and p.ndim == 2 and id(p) not in tables else "decay"
 
+    peak = cfg.LEARNING_RATE * cfg.LEARNING_RATE_MULT
     matrix_multiple = cfg.SINKGD_MATRIX_LR_MULT if cfg.OPTIMIZER == "sinkgd" else 1.0
     settings = {  # name: (weight decay, learning rate over that of the schedule)
         "matrix": (cfg.WEIGHT_DECAY, matrix_multiple),
         "decay": (cfg.WEIGHT_DECAY, 1.0),
         "no_decay": (0.0, 1.0),
         "gate": (0.0, cfg.GATE_LR_MULT),
+        "structure": (0.0, cfg.STRUCT_LR / peak if peak else 0.0),
     }
     members = {name: [] for name in settings}
     for name, p in model.named_parameters():

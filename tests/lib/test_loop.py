@@ -117,11 +117,6 @@ def test_a_run_that_diverges_at_its_end_says_so_too(tmp_path, monkeypatch):
     assert last["val_loss"] is None and last["inactive"] == "layer.0: the bias stayed off (delay of 75 steps)"
 
 
-def test_a_model_may_speak_for_itself_and_silence_is_active():
-    assert loop.inactive(Late(8, 1)) == "the bias stayed off (delay of 1 steps)"
-    assert loop.inactive(nn.Linear(2, 2)) is None and loop.inactive(Bigram()) is None
-
-
 # Statistics
 
 def test_evaluation_rows_have_a_mean_a_layer_and_logging_rows_do_not(tmp_path):
@@ -136,48 +131,152 @@ def test_evaluation_rows_have_a_mean_a_layer_and_logging_rows_do_not(tmp_path):
     assert rows[-1]["late_bias_mean"] == pytest.approx((rows[-1]["late_bias/layer0"] + rows[-1]["late_bias/layer1"]) / 2)
 
 
-class Fixed(nn.Module):
-    def __init__(self, **values):
+# Moments
+
+class Listening(nn.Module):
+    """A test's mechanism: keeps what it is told; says at `changes` that the program of the model changed."""
+
+    def __init__(self, width: int, changes: tuple[int, ...] = ()):
         super().__init__()
-        self.values = values
+        self.changes, self.told = changes, []
 
-    def stats(self) -> dict:
-        return {name: torch.tensor(value) for name, value in self.values.items()}
+    def forward(self, x):
+        return x
 
-
-@pytest.mark.parametrize("name, layer", [
-    ("transformer.h.0.attn", 0), ("transformer.h.11.mlp", 11), ("h.3.heads.7", 3), ("7", 7), ("", None), ("attn", None),
-    ("h2.attn", None), ("layer_3.x", None), ("a.-1.b", None),
-])
-def test_a_layer_is_the_first_whole_number_of_a_name(name, layer):
-    assert loop.layer_number(name) == layer
-    found = loop.gate_statistics([(name, Fixed(w=[1.0, 2.0]))], by_layer=True)
-    assert {k for k in found if "/" in k} == (set() if layer is None else {f"w/layer{layer}"})
+    def advance(self, moment) -> bool:
+        self.told.append(moment)
+        return moment.iteration in self.changes
 
 
-def test_what_several_modules_of_a_layer_call_the_same_is_one_mean_over_all_heads():
-    found = loop.gate_statistics([("h.0.attn", Fixed(w=[1.0, 2.0, 3.0], v=[5.0])), ("h.0.mlp", Fixed(w=[8.0])),
-                                  ("h.1.attn", Fixed(w=[[0.0, 1.0]]))], by_layer=True)
-    assert found["w/layer0"] == 3.5 and found["w/layer1"] == 0.5 and found["v/layer0"] == 5.0
-    assert (found["w_min"], found["w_max"], found["w_mean"]) == (0.0, 8.0, 2.5)
-    assert loop.gate_statistics([], by_layer=True) == {}
+def listening(*changes, strength: float | None = None) -> Bigram:
+    model = Bigram()
+    model.layer.append(Listening(8, changes))
+    if strength is not None:
+        model.layer.append(Penalty(8, strength))
+    return model
 
 
-@pytest.mark.parametrize("by_layer", [False, True])
-def test_all_statistics_come_to_the_host_in_one_transfer(monkeypatch, by_layer):
-    transfers = []
+def plain(moments) -> list[tuple]:
+    return [(m.iteration, m.progress, None if m.train_loss is None else m.train_loss.item(), m.first_val_loss, m.val_loss)
+            for m in moments]
 
-    def counted(name, real):
-        def spy(self, *args):
-            transfers.append(name)
-            return real(self, *args)
-        return spy
 
-    for name in ("tolist", "item", "cpu", "numpy", "__float__"):
-        monkeypatch.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
-    modules = [(f"h.{n}", Fixed(a=[1.0, 2.0], b=[3.0], c=4.0)) for n in range(12)]
-    assert len(loop.gate_statistics(modules, by_layer)) == 3 * 4 + (3 * 12 if by_layer else 0)
-    assert transfers == ["tolist"]
+def test_modules_are_told_before_every_step_where_the_run_stands(tmp_path):
+    model = listening()
+    _, rows = run(tmp_path, model, GPT2_MAX_ITERS=5, GPT2_LOG_INTERVAL=1)
+    told, losses = model.layer[0].told, [row["train_loss_step"] for row in rows if "train_loss_step" in row]
+    first, second, last = (row["val_loss"] for row in rows if "val_loss" in row)
+    assert plain(told) == [(0, 0.0, None, None, None), (1, 0.2, losses[0], None, None), (2, 0.4, losses[1], first, first),
+                           (3, 0.6, losses[2], first, first), (4, 0.8, losses[3], first, second)]
+    assert len({first, second, last}) == 3 and len(set(losses)) == 5
+    assert not any(m.train_loss.requires_grad for m in told[1:]), "a moment must not hold a graph"
+
+
+def test_under_a_budget_of_seconds_progress_rises_from_zero(tmp_path):
+    model = listening()
+    run(tmp_path, model, GPT2_MAX_TIME=1, GPT2_MAX_ITERS=0, GPT2_EVAL_INTERVAL=10 ** 6, GPT2_LOG_INTERVAL=10 ** 6)
+    progress = [m.progress for m in model.layer[0].told]
+    assert 0 <= progress[0] < 0.1 and progress[-1] > 0.5 and progress == sorted(progress) and len(set(progress)) > 10
+
+
+def test_accumulated_micro_batches_are_one_moment_with_the_mean_of_their_losses(tmp_path):
+    model = listening()
+    _, rows = run(tmp_path, model, GPT2_GRADIENT_ACCUMULATION=3, GPT2_LOG_INTERVAL=1)
+    told = model.layer[0].told
+    assert [m.iteration for m in told] == [0, 1, 2, 3]
+    assert [m.train_loss.item() for m in told[1:]] == [r["train_loss_step"] for r in rows if "train_loss_step" in r][:3]
+
+
+def test_a_resumed_run_tells_the_same_moments_as_an_uninterrupted_one(tmp_path):
+    """Interrupted in the middle of an interval of logging and of evaluation, so that the loss of the step before and both
+    validation losses can only come from the checkpoint."""
+    symbols = {"GPT2_MAX_ITERS": 8, "GPT2_EVAL_INTERVAL": 2, "GPT2_LOG_INTERVAL": 4}
+
+    def fresh():
+        torch.manual_seed(0)
+        return listening()
+
+    run(tmp_path / "whole", whole := fresh(), **symbols)
+    with pytest.raises(loop.Interrupted):
+        run(tmp_path / "parts", first := fresh(), StopAfter(5), **symbols)
+    run(tmp_path / "parts", second := fresh(), **symbols)
+    assert len(first.layer[0].told) == 5
+    assert plain(first.layer[0].told + second.layer[0].told) == plain(whole.layer[0].told)
+    assert [m.train_loss.dtype for m in second.layer[0].told] == [m.train_loss.dtype for m in whole.layer[0].told[5:]]
+
+
+class WarmUps:
+    """Counts what a change of the model's program costs, without compiling anything."""
+
+    def __init__(self, monkeypatch, model, seconds=0.0):
+        self.warmed, self.resets, self.compiled, self.seconds = [], 0, 0, seconds
+        monkeypatch.setattr(loop, "warm_up", lambda cfg, model, *_: self._warm_up(model))
+        monkeypatch.setattr(torch.compiler, "reset", self._reset)
+        monkeypatch.setattr(model, "compile", self._compile)
+
+    def _warm_up(self, model):
+        time.sleep(self.seconds)
+        self.warmed.append(len(model.layer[0].told))
+        model.eval()  # as the evaluation in it leaves the model
+
+    def _reset(self):
+        self.resets += 1
+
+    def _compile(self, **_):
+        self.compiled += 1
+
+
+def test_a_change_of_the_program_is_one_recompilation_off_the_budget(tmp_path, monkeypatch):
+    model = listening(0, 2)
+    model.layer.append(Listening(8, (2,)))
+    modes, forward = [], model.forward
+    model.forward = lambda *args: (modes.append(model.training), forward(*args))[1]
+    seen = WarmUps(monkeypatch, model, seconds=0.3)
+    progress, _ = run(tmp_path, model, GPT2_COMPILE=True, GPT2_EVAL_INTERVAL=10 ** 6)
+    assert seen.warmed == [0, 1, 3], "at the start, and before the first and the third step, after both were told"
+    assert (seen.resets, seen.compiled) == (2, 1)
+    assert 0.9 < progress.clocks["compile"] < 1.5 and progress.clocks["train"] < 0.3
+    assert modes[:4] == [True] * 4, "the steps after it train"
+
+
+def test_without_a_compiler_a_change_costs_nothing(tmp_path, monkeypatch):
+    seen = WarmUps(monkeypatch, model := listening(0, 1, 2, 3))
+    progress, _ = run(tmp_path, model)
+    assert (seen.warmed, seen.resets, seen.compiled, progress.clocks["compile"]) == ([], 0, 0, 0.0)
+
+
+# Penalties
+
+class Penalty(nn.Module):
+    """A parameter that nothing but the penalty depends on."""
+
+    def __init__(self, width: int, strength: float):
+        super().__init__()
+        self.strength, self.value = strength, nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x
+
+    def penalty(self):
+        return self.strength * self.value
+
+
+def test_penalties_are_differentiated_but_not_reported(tmp_path, monkeypatch):
+    gradients, rows = {}, {}
+    for strength in (0.0, 5.0):
+        seen = gradients[strength] = []
+        torch.manual_seed(0)
+        model = listening(strength=strength)
+        model.layer.append(Penalty(8, 2 * strength))
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda ps, norm, real=torch.nn.utils.clip_grad_norm_, to=seen,
+                          model=model: (to.append([m.value.grad.item() for m in model.layer[1:]]), real(ps, norm))[1])
+            _, rows[strength] = run(tmp_path / str(strength), model, GRAD_CLIP=0, GPT2_GRADIENT_ACCUMULATION=3)
+    assert gradients[0.0] == [[0.0, 0.0]] * 4
+    assert gradients[5.0] == [[pytest.approx(5.0), pytest.approx(10.0)]] * 4, "the mean over micro-batches, as the loss"
+    without, with_it = ([[row.get(name) for name in ("train_loss", "train_loss_step", "val_loss")] for row in rows[strength]]
+                        for strength in (0.0, 5.0))
+    assert without == with_it
 
 
 # Streams

@@ -8,7 +8,7 @@ from lib.kconfig import Assignment, Schema
 from lib.optimizers import build, param_groups
 from lib.optimizers.adamw_spam import AdamWSPAM
 from lib.optimizers.sinkgd import SinkGD
-from tests.lib.optimizers.toy import Toy, config, toy, train
+from tests.lib.optimizers.toy import Routed, Toy, config, toy, train
 
 KINDS = ("adamw", "adamwspam", "sinkgd")
 
@@ -67,6 +67,50 @@ def test_gates_and_biases_are_not_decayed_and_weights_are(kind):
     assert moved == groups["decay"] | groups.get("matrix", set())
 
 
+def routed(seed=0) -> Toy:
+    model = toy(seed)
+    model.layers.append(Routed(8))
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_structure_is_a_group_of_its_own_whatever_its_shape_and_stands_over_gates(kind):
+    found = names(build(routed(), config(kind)).param_groups)
+    assert found["structure"] == {"layers.2.skip", "layers.2.router"}
+    assert not any(found["structure"] & found[name] for name in found if name != "structure")
+    assert "structure" not in names(build(toy(), config(kind)).param_groups)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_structure_learns_at_its_own_peak_rate_under_the_schedule_of_the_rest_without_decay(kind):
+    optimizer = build(routed(), config(kind, WEIGHT_DECAY=0.3, GATE_LR_MULT=7.0, STRUCT_LR=0.03, LEARNING_RATE=2e-3))
+    group, = (g for g in optimizer.param_groups if g["name"] == "structure")
+    assert (group["weight_decay"], group["lr"], group["lr_mult"]) == (0.0, pytest.approx(0.03), pytest.approx(15.0))
+    assert build(routed(), config(kind, LEARNING_RATE=0.0)).param_groups[-1]["lr"] == 0.0, "a rate of 0 stops everything"
+    twice = build(routed(), config(kind, LEARNING_RATE_MULT=2.0, STRUCT_LR=0.03, LEARNING_RATE=2e-3)).param_groups[-1]
+    assert twice["lr_mult"] == pytest.approx(7.5), "an arm at twice the rate decides its paths at the rate of the others"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_structure_moves_by_its_rate_and_is_not_decayed(kind):
+    """The first step of Adam is the learning rate, whatever the gradient; a gradient of zero leaves only decay."""
+    model = routed()
+    optimizer = build(model, config(kind, WEIGHT_DECAY=0.5, STRUCT_LR=0.03))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    logit, router = model.layers[2].skip, model.layers[2].router
+    before = logit.item(), router.detach().clone()
+    optimizer.step()
+    assert before[0] - logit.item() == pytest.approx(0.03, rel=1e-3)
+    torch.testing.assert_close(before[1] - router, torch.full_like(router, 0.03), rtol=1e-3, atol=1e-6)
+    model, after = routed(), routed()
+    optimizer = build(after, config(kind, WEIGHT_DECAY=0.5))
+    for p in after.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.equal(after.layers[2].router, model.layers[2].router) and after.layers[2].skip.item() == 2.0
+
+
 def test_empty_groups_are_left_out_and_a_frozen_model_is_none():
     linear = nn.Linear(3, 3, bias=False)
     assert [g["name"] for g in param_groups(linear, config())] == ["decay"]
@@ -81,6 +125,9 @@ def test_a_wrong_declaration_is_an_error():
         param_groups(Wrong(), config())
     Wrong.gate_parameters = ("no_such",)
     with pytest.raises(AttributeError, match="no_such"):
+        param_groups(Wrong(), config())
+    Wrong.gate_parameters, Wrong.structure_parameters = (), ("norm",)
+    with pytest.raises(TypeError, match="structure_parameters of Wrong names 'norm'"):
         param_groups(Wrong(), config())
 
 

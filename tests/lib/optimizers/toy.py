@@ -23,6 +23,23 @@ class Gated(nn.Module):
         return x + (self.back(torch.relu(self.proj(x)) * self.gate) @ self.gate_matrix)
 
 
+class Routed(Gated):
+    """A layer that also decides which path is computed: by a logit, a matrix, and one it was built without. The logit is
+    declared as a gate, too."""
+
+    gate_parameters = ("gate", "gate_matrix", "gate_absent", "skip")
+    structure_parameters = ("skip", "router", "direction")
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.skip = nn.Parameter(torch.full((1,), 2.0))
+        self.router = nn.Parameter(0.1 * torch.randn(2, width))
+        self.direction = None
+
+    def forward(self, x):
+        return x + torch.sigmoid(self.skip + (x @ self.router.T).sum(-1, keepdim=True)) * (super().forward(x) - x)
+
+
 class Positions(nn.Module):
     """An embedding that is no nn.Embedding, so it has to declare itself."""
 
@@ -63,9 +80,9 @@ def toy(seed=0) -> Toy:
 
 
 def config(optimizer="adamwspam", **changes) -> SimpleNamespace:
-    values = dict(OPTIMIZER=optimizer, LEARNING_RATE=1e-2, WEIGHT_DECAY=0.1, ADAM_BETA1=0.9, ADAM_BETA2=0.95,
-                  SPAM_THETA=5000.0, SPAM_INTERVAL=500, SPAM_WARMUP_STEPS=150, SINKGD_ITERS=5, SINKGD_L1=False,
-                  SINKGD_TAU=0.1, SINKGD_MATRIX_LR_MULT=0.05, GATE_LR_MULT=1.0)
+    values = dict(OPTIMIZER=optimizer, LEARNING_RATE=1e-2, LEARNING_RATE_MULT=1.0, WEIGHT_DECAY=0.1, ADAM_BETA1=0.9,
+                  ADAM_BETA2=0.95, SPAM_THETA=5000.0, SPAM_INTERVAL=500, SPAM_WARMUP_STEPS=150, SINKGD_ITERS=5,
+                  SINKGD_L1=False, SINKGD_TAU=0.1, SINKGD_MATRIX_LR_MULT=0.05, GATE_LR_MULT=1.0, STRUCT_LR=0.02)
     assert not changes.keys() - values.keys()
     return SimpleNamespace(**{**values, **changes})
 
