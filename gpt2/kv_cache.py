@@ -8,16 +8,16 @@ import torch
 
 
 class LayerCache:
-    """Keys and values of one layer, each [batch, heads, capacity, head_dim]."""
+    """Keys [batch, heads, capacity, key_dim] and values [batch, heads, capacity, value_dim] of one layer."""
 
-    def __init__(self, batch_size: int, n_head: int, capacity: int, head_dim: int, dtype, device):
-        shape = (batch_size, n_head, capacity, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+    def __init__(self, batch_size: int, n_head: int, capacity: int, key_dim: int, dtype, device, value_dim: int | None = None):
+        shape = (batch_size, n_head, capacity)
+        self.keys = torch.empty(*shape, key_dim, dtype=dtype, device=device)
+        self.values = torch.empty(*shape, key_dim if value_dim is None else value_dim, dtype=dtype, device=device)
         self.length = 0
 
     def append(self, keys, values):
-        """Store [batch, heads, n, head_dim] more positions; returns all keys and values so far (views)."""
+        """Store n more positions, [batch, heads, n, key_dim] and [..., value_dim]; returns views of all so far."""
         end = self.length + keys.size(2)
         if end > self.keys.size(2):
             raise ValueError(f"the cache holds {self.keys.size(2)} positions, {end} were asked for")
@@ -30,15 +30,18 @@ class LayerCache:
         return self.keys, self.values
 
 
+class NoCache:
+    """Of a layer that has no attention: holds nothing."""
+
+    def tensors(self):
+        return ()
+
+
 class KVCache:
-    """A list of layer caches; `length` is the number of positions every layer has stored."""
+    """A list of layer caches, anything with `tensors()`; the model keeps `length`, the number of positions stored."""
 
     def __init__(self, layers: list):
-        self.layers = layers
-
-    @property
-    def length(self) -> int:
-        return self.layers[0].length
+        self.layers, self.length = layers, 0
 
     def nbytes(self) -> int:
         """Bytes of all tensors held, for the whole batch and full capacity."""

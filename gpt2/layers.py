@@ -1,8 +1,9 @@
 """Layers as GPT-2 has them, whose start is drawn once, by `init_weights`, from keyed streams.
 
 Contract of the start: a weight is drawn on the CPU from a stream keyed by (seed, its first name in named_parameters());
-arms that have a tensor of the same name and shape therefore start from the same numbers, on every device. Constructors
-draw nothing. Biases start at 0, norms at 1, and a mechanism's own constants (gates, mixers) are set by its constructor.
+arms that have a tensor of the same name and shape therefore start from the same numbers, on every device, and a tensor that
+is the baseline's with rows left out (`rows` of a Linear) starts from the baseline's numbers in those rows. Constructors draw
+nothing. Biases start at 0, norms at 1, and a mechanism's own constants (gates, mixers) are set by its constructor.
 """
 
 import torch
@@ -14,11 +15,15 @@ INIT_STD = 0.02  # GPT-2's initializer_range
 
 
 class Linear(nn.Linear):
-    """nn.Linear drawn from N(0, init_std^2); `init_std` is smaller for layers that write to the residual stream."""
+    """nn.Linear drawn from N(0, init_std^2); `init_std` is smaller for layers that write to the residual stream.
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, init_std: float = INIT_STD):
-        self.init_std = init_std
-        super().__init__(in_features, out_features, bias=bias)
+    `rows`: which of the `out_features` rows there are, ascending (None: all); the others are drawn and left out.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, init_std: float = INIT_STD,
+                 rows: list[int] | None = None):
+        self.init_std, self.drawn, self.rows = init_std, out_features, rows
+        super().__init__(in_features, out_features if rows is None else len(rows), bias=bias)
 
     def reset_parameters(self):
         if self.bias is not None:
@@ -47,5 +52,7 @@ def init_weights(model: nn.Module, seed: int) -> None:
         module = model.get_submodule(owner)
         if local == "weight" and hasattr(module, "init_std"):
             generator = torch.Generator().manual_seed(stream_seed(seed, "init", name))
-            drawn = torch.empty(parameter.shape).normal_(0.0, module.init_std, generator=generator)
-            parameter.copy_(drawn)
+            rows = getattr(module, "rows", None)
+            shape = parameter.shape if rows is None else (module.drawn, *parameter.shape[1:])
+            drawn = torch.empty(shape).normal_(0.0, module.init_std, generator=generator)
+            parameter.copy_(drawn if rows is None else drawn[rows])

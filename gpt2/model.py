@@ -1,4 +1,4 @@
-"""GPT-2, built once from a configuration. Which attention and MLP a block has is decided by the configuration's class
+"""GPT-2, built once from a configuration. Which block, attention and MLP a layer has is decided by the configuration's class
 symbols and nowhere else; no step name occurs here.
 
     logits, loss = GPT(cfg)(idx, targets)        idx, targets: [B, T] int64; logits: [B, T, padded vocabulary]
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gpt2.block import Context
 from gpt2.kv_cache import KVCache
 from gpt2.layers import Embedding, init_weights
 from gpt2.rules import hidden_width
@@ -27,19 +28,7 @@ def padded_vocabulary(cfg) -> int:
     return -(-cfg.VOCAB_SIZE // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(cfg.GPT2_N_EMBD, bias=cfg.GPT2_BIAS)
-        self.attn = pkgutil.resolve_name(cfg.ATTENTION_CLASS).from_config(cfg)
-        self.ln_2 = nn.LayerNorm(cfg.GPT2_N_EMBD, bias=cfg.GPT2_BIAS)
-        self.mlp = pkgutil.resolve_name(cfg.MLP_CLASS).from_config(cfg)
-
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+CONTROLLERS = ("coupling", "skip", "direction")  # each named by <NAME>_CONTROLLER, if the configuration has one
 
 
 class GPT(nn.Module):
@@ -49,15 +38,20 @@ class GPT(nn.Module):
         super().__init__()
         self.block_size, self.vocab_size = cfg.GPT2_BLOCK_SIZE, cfg.VOCAB_SIZE
         padded = padded_vocabulary(cfg)
+        block = pkgutil.resolve_name(cfg.BLOCK_CLASS)
         self.transformer = nn.ModuleDict({
             "wte": Embedding(padded, cfg.GPT2_N_EMBD),
             "wpe": Embedding(cfg.GPT2_BLOCK_SIZE, cfg.GPT2_N_EMBD),
             "drop": nn.Dropout(cfg.GPT2_DROPOUT),
-            "h": nn.ModuleList([Block(cfg) for _ in range(cfg.GPT2_N_LAYER)]),
+            "h": nn.ModuleList([block(cfg, layer) for layer in range(cfg.GPT2_N_LAYER)]),
             "ln_f": nn.LayerNorm(cfg.GPT2_N_EMBD, bias=cfg.GPT2_BIAS),
         })
         self.lm_head = nn.Linear(cfg.GPT2_N_EMBD, padded, bias=False, device="meta")
         self.lm_head.weight = self.transformer.wte.weight  # tied; named_parameters() lists it once, as wte
+        # What steers a mechanism over the whole depth and the whole budget; none has parameters of its own.
+        self.controllers = nn.ModuleDict({
+            name: pkgutil.resolve_name(where)(cfg, self.transformer.h)
+            for name in CONTROLLERS if (where := getattr(cfg, f"{name.upper()}_CONTROLLER"))})
         if self.transformer.wte.weight.device.type != "meta":
             init_weights(self, cell_seed(cfg))
 
@@ -72,8 +66,11 @@ class GPT(nn.Module):
             raise ValueError(f"{past + T} tokens do not fit into a context of {self.block_size}")
         position = torch.arange(past, past + T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(position))
+        context = Context(x)
         for number, block in enumerate(self.transformer.h):
-            x = block(x, cache.layers[number] if cache else None)
+            x = block(x, cache.layers[number] if cache else None, context)
+        if cache:
+            cache.length += T
         logits = self.lm_head(self.transformer.ln_f(x))
         loss = None
         if targets is not None:
@@ -84,7 +81,7 @@ class GPT(nn.Module):
         """An empty cache for `batch_size` sequences of up to `capacity` (default: the context) tokens."""
         weight = self.transformer.wte.weight
         capacity = min(capacity or self.block_size, self.block_size)
-        return KVCache([block.attn.new_cache(batch_size, capacity, dtype or weight.dtype, weight.device)
+        return KVCache([block.new_cache(batch_size, capacity, dtype or weight.dtype, weight.device)
                         for block in self.transformer.h])
 
     @torch.no_grad()
@@ -116,16 +113,18 @@ class GPT(nn.Module):
 
     def sizes(self) -> dict:
         """Integers that ratios resolved to, for metrics.json."""
-        block = self.transformer.h[0]
-        return {**block.attn.sizes(), **block.mlp.sizes()}
+        return self.transformer.h[0].sizes()
 
-    def collapse(self) -> "GPT | None":
-        """A copy in the simplest function class that computes the same; None where a part has no known one."""
-        parts = [(block, name, getattr(block, name)) for block in self.transformer.h for name in ("attn", "mlp")]
-        plain = {id(part): part.collapse() if hasattr(part, "collapse") else part for _, _, part in parts}
-        if any(part is None for part in plain.values()):
-            return None
-        return copy.deepcopy(self, {id(part): plain[id(part)] for _, _, part in parts})
+    def collapse(self) -> "GPT":
+        """A copy of the simplest model that computes the same function; which one that is says gpt2/function_class.py."""
+        blocks = {id(block): block.collapse() for block in self.transformer.h}
+        return copy.deepcopy(self, blocks | {id(self.controllers): nn.ModuleDict()})
+
+    def bake(self) -> "GPT":
+        """Fold every gate on the weight side into its weights, in place: the same function, for inference."""
+        for block in self.transformer.h:
+            block.bake()
+        return self
 
 
 def expected_parameters(cfg) -> int:
@@ -134,5 +133,5 @@ def expected_parameters(cfg) -> int:
     d_ff = hidden_width(cfg)
     norm = E * (1 + bias)
     layer = 2 * norm + 4 * E * E + 2 * E * d_ff + bias * (3 * E + E + d_ff + E)
-    extra = sum(pkgutil.resolve_name(name).extra_parameters(cfg) for name in (cfg.ATTENTION_CLASS, cfg.MLP_CLASS))
-    return (padded_vocabulary(cfg) + cfg.GPT2_BLOCK_SIZE) * E + L * (layer + extra) + norm
+    extra = pkgutil.resolve_name(cfg.BLOCK_CLASS).total_extra_parameters(cfg)
+    return (padded_vocabulary(cfg) + cfg.GPT2_BLOCK_SIZE) * E + L * layer + extra + norm

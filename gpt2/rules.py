@@ -35,6 +35,31 @@ def check(cfg) -> None:
         if count >= hidden:
             raise UserError(f"RMLP_R_FF={cfg.RMLP_R_FF} ({count} features) is not below the hidden width {hidden}.",
                             f"set RMLP_R_FF to at most {hidden - 1}, or to a ratio below 1.")
+        for name, rows in {"RMLP_TIED_UP": hidden - count, "RMLP_TIED_PROJ": width}.items():
+            if getattr(cfg, name) and count > rows:
+                raise UserError(f"RMLP_R_FF={cfg.RMLP_R_FF} ({count} features) is more than the {rows} rows that {name} ties "
+                                "it to.", f"set RMLP_R_FF to at most {min(rows, hidden // 2)}.")
+    if cfg.RA_TIED and width // heads < 2 * cfg.RA_R:
+        raise UserError(f"RA_R={cfg.RA_R} is more than half the head width {width // heads}, and RA_TIED takes them from the "
+                        "rest.", f"set RA_R to at most {width // heads // 2}.")
+    if cfg.DIRECTION_EARLY and cfg.GPT2_N_LAYER < 2:
+        raise UserError("DIRECTION_EARLY is set, but one layer has no first half.",
+                        "choose DIRECTION_ALL, or a model of two layers and more.")
+    if cfg.ROUTER_RA_HEADS is not None:
+        count = resolve_size(cfg.ROUTER_RA_HEADS, heads)
+        if count >= heads:
+            raise UserError(f"ROUTER_RA_HEADS={cfg.ROUTER_RA_HEADS} ({count} heads) leaves none of {heads} to the full path.",
+                            f"set ROUTER_RA_HEADS to at most {heads - 1}." if heads > 1 else "choose a model of two heads and "
+                            "more.")
+    if cfg.ATTENTION_LENS and not (cfg.LENS_TRANSPOSE or cfg.LENS_COLUMN_BIAS):
+        raise UserError("lens attention has neither LENS_TRANSPOSE nor LENS_COLUMN_BIAS, so its gates have nothing to weigh.",
+                        "set one of the two, or ATTENTION_SDPA.")
+    if cfg.WALK_NEIGHBOURS == 1:
+        raise UserError("WALK_NEIGHBOURS=1 leaves one neighbour, whose weight is 1 whatever the graph learns.",
+                        "set at least 2, or a ratio of the context.")
+    if cfg.WALK_REVERSIBLE and resolve_size(cfg.WALK_WINDOW, cfg.GPT2_BLOCK_SIZE) >= cfg.GPT2_BLOCK_SIZE:
+        raise UserError(f"WALK_WINDOW={cfg.WALK_WINDOW} is the whole context, so no block of tokens has a graph before it.",
+                        "set WALK_WINDOW below GPT2_BLOCK_SIZE, or to a ratio below 1.")
     if cfg.GPT2_MIN_LR > cfg.LEARNING_RATE:
         raise UserError(f"GPT2_MIN_LR={cfg.GPT2_MIN_LR} is above LEARNING_RATE={cfg.LEARNING_RATE}.",
                         "set GPT2_MIN_LR to the rate the schedule ends at, usually a tenth of the peak.")
@@ -57,4 +82,23 @@ def warnings(cfg) -> list[str]:
     if cfg.SPAM_INTERVAL and iterations and iterations <= cfg.SPAM_INTERVAL:  # the reset is part of the step *after* those
         found.append(f"the optimizer's momentum reset every {cfg.SPAM_INTERVAL} steps is never reached in {iterations} "
                      "iterations")
+    if cfg.COUPLING_WINDOW and iterations and iterations <= cfg.COUPLING_WINDOW:  # the step after those is the first to act
+        found.append(f"the coupling waits until the loss of {cfg.COUPLING_WINDOW} steps has settled, and so stays at 0 for all "
+                     f"{iterations} iterations")
+    last = (iterations - 1) / iterations if iterations else 1.0  # progress at the last step
+    if cfg.COUPLING_DELAY_STEPS and iterations and iterations <= cfg.COUPLING_DELAY_STEPS and last < cfg.COUPLING_SHARE:
+        found.append(f"the coupling waits for {cfg.COUPLING_DELAY_STEPS} steps or {cfg.COUPLING_SHARE:g} of the budget, and so "
+                     f"stays at 0 for all {iterations} iterations")
+    if cfg.SKIP_GATES and max(cfg.SKIP_AFTER, cfg.SKIP_CHECK) + 2 * cfg.SKIP_CHECK > last:
+        found.append(f"no path can go off: three looks, {cfg.SKIP_CHECK:g} of the budget apart from {cfg.SKIP_AFTER:g} on, "
+                     "do not fit into it")
+    if cfg.SKIP_GATES and cfg.RA_R is not None and cfg.RA_R < 8:
+        found.append(f"a low-rank path of R={cfg.RA_R} channels that goes off saves nothing: channels are computed in eights")
+    if cfg.DIRECTION_LEARNED and iterations and (
+            iterations <= cfg.DIRECTION_MIN_STEPS or (iterations - 1) / iterations < cfg.DIRECTION_SHARE):
+        found.append(f"the directions are fixed after {cfg.DIRECTION_MIN_STEPS} steps and {cfg.DIRECTION_SHARE:g} of the "
+                     f"budget, and so never in {iterations} iterations")
+    if cfg.ROUTER_DROP is not None and iterations and (iterations - 1) // cfg.GPT2_EVAL_INTERVAL < 2:  # that of the end is late
+        found.append(f"routing waits until a later evaluation is below the first one, and {iterations} iterations evaluated "
+                     f"every {cfg.GPT2_EVAL_INTERVAL} have no two before their end")
     return found

@@ -4,8 +4,8 @@
     y = softmax(q k^T / sqrt(D) + causal mask) v
     out = dropout(y W_o^T + b_o)
 
-Mechanisms that only change the weights of the projection override `projection_weights`; those that only change what
-happens to the attended values override `combine`. Causality and cached decoding are then inherited.
+Mechanisms that only change weights override `projection_weights` or `output_weights`; those that only change what happens
+to the attended values override `combine`. Causality and cached decoding are then inherited.
 """
 
 import torch
@@ -23,19 +23,21 @@ class CausalSelfAttention(nn.Module):
     """
 
     gate_parameters: tuple[str, ...] = ()
+    on = True  # False: the layer has no attention (any more), and the block passes its residual
 
     def __init__(self, n_embd: int, n_head: int, dropout: float = 0.0, bias: bool = True, proj_std: float = INIT_STD):
         super().__init__()
         if n_embd % n_head:
             raise ValueError(f"n_embd {n_embd} must be divisible by n_head {n_head}")
         self.n_embd, self.n_head, self.head_dim = n_embd, n_head, n_embd // n_head
+        self.key_dim = self.head_dim  # channels of a query and a key; a value always has head_dim
         self.dropout = dropout
         self.c_attn = Linear(n_embd, 3 * n_embd, bias=bias)
         self.c_proj = Linear(n_embd, n_embd, bias=bias, init_std=proj_std)
         self.resid_dropout = nn.Dropout(dropout)
 
     @classmethod
-    def from_config(cls, cfg):
+    def from_config(cls, cfg, layer: int = 0):
         return cls(cfg.GPT2_N_EMBD, cfg.GPT2_N_HEAD, cfg.GPT2_DROPOUT, cfg.GPT2_BIAS, residual_std(cfg.GPT2_N_LAYER))
 
     @staticmethod
@@ -57,29 +59,41 @@ class CausalSelfAttention(nn.Module):
         return {"head_dim": self.head_dim}
 
     def new_cache(self, batch_size: int, capacity: int, dtype, device) -> LayerCache:
-        return LayerCache(batch_size, self.n_head, capacity, self.head_dim, dtype, device)
+        return LayerCache(batch_size, self.n_head, capacity, self.key_dim, dtype, device, value_dim=self.head_dim)
 
     def projection_weights(self):
-        """Weight [3 n_embd, n_embd] and bias [3 n_embd] (or None) of the fused projection."""
+        """Weight [2 n_head key_dim + n_embd, n_embd] of the fused projection, and its bias (or None)."""
         return self.c_attn.weight, self.c_attn.bias
+
+    def output_weights(self):
+        """Weight [n_embd, n_embd] and bias (or None) of the output projection."""
+        return self.c_proj.weight, self.c_proj.bias
 
     def combine(self, attended, values, x):
         """What leaves the heads: attended and the values of the same positions, both [B, H, T, D]; x is the layer's input."""
         return attended
 
-    def forward(self, x, cache: LayerCache | None = None):
+    def collapse(self):
+        """The simplest attention that computes the same; itself where none is known."""
+        return self
+
+    def bake(self):
+        """This attention with what acts on its weights folded into them, for inference."""
+        return self
+
+    def forward(self, x, cache: LayerCache | None = None, context=None):
         B, T, E = x.shape
-        q, k, v = F.linear(x, *self.projection_weights()).split(E, dim=2)
-        q, k, v = (t.view(B, T, self.n_head, self.head_dim).transpose(1, 2) for t in (q, k, v))
+        parts = F.linear(x, *self.projection_weights()).split([self.n_head * self.key_dim] * 2 + [E], dim=2)
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in parts)
         keys, values = (k, v) if cache is None else cache.append(k, v)
         past = keys.size(2) - T
         # With a prefix, is_causal would align the mask to the first key; the new rows belong at the end.
         mask = causal_mask(T, past, x.device) if past and T > 1 else None
         attended = F.scaled_dot_product_attention(
             q, keys, values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and past == 0)
+            is_causal=mask is None and past == 0, scale=self.head_dim ** -0.5)
         y = self.combine(attended, v, x).transpose(1, 2).reshape(B, T, E)
-        return self.resid_dropout(self.c_proj(y))
+        return self.resid_dropout(F.linear(y, *self.output_weights()))
 
 
 def causal_mask(rows: int, past: int, device):

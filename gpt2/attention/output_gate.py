@@ -14,7 +14,7 @@ What is not true of it: it is not free. n_embd^2 parameters a layer are a quarte
 matmul a layer makes a step slower; where it wins, some of that may be size. And it is a *known* gain at the paper's scale
 only (a billion parameters and more, hundreds of billions of tokens, RMSNorm and rotary positions); as a positive control
 it says what the instrument can see, not that the gate must win in a short run of a small model. It is no member of GPT-2's
-function class, which it contains (W_g = 0 and W_o doubled): `collapse` knows no smaller model.
+function class, which it contains (W_g = 0 and W_o doubled); no smaller model is known.
 """
 
 import torch
@@ -37,7 +37,3 @@ class OutputGateAttention(CausalSelfAttention):
     def combine(self, attended, values, x):
         gate = torch.sigmoid(self.c_gate(x))
         return attended * gate.view(*x.shape[:2], self.n_head, self.head_dim).transpose(1, 2)
-
-    def collapse(self) -> None:
-        """No simpler attention is known that computes the same."""
-        return None

@@ -15,7 +15,9 @@ What is not true of it: with free weights it is a relabelling. K_low and Q_low a
 function class is ordinary attention with rescaled rows (`collapse` gives that attention, exact to rounding), and nothing
 flows "in both directions". Any difference in training comes from the start and from the gates' effect on optimisation.
 
-Self-restart (V2): out = (1 - a) attention + a V per head, a = sigmoid(l) / 2 in (0, 0.5), start 0.05.
+Self-restart (V2): out = (1 - a) attention + a V per head, a = sigmoid(l) / 2 in (0, 0.5), start 0.05. It is computed as
+(1 - a) (attention + a / (1 - a) V) with the factor in front on the columns of the output projection, so that one pass over
+the attended values is all it costs, and none in the backward pass of the attention.
 
 Sources: unified-ra-hardening, reciprocal-architecture-kvsplice-2025-11-11 (which state four terms, baked *and* learned
 gates, and "Q scaled by sqrt(w) scales QK^T by w"; all three are wrong, see the module's tests).
@@ -25,12 +27,17 @@ gates, and "Q scaled by sqrt(w) scales QK^T by w"; all three are wrong, see the 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from gpt2.attention.baseline import CausalSelfAttention
+from gpt2.coupling import Coupling
 from gpt2.layers import INIT_STD, init_weights, residual_std
+from gpt2.skip import SkipGate
 from lib.streams import stream_seed
 
+ALIGNMENT = 8  # channels that the attention kernels take at a time
+TINY = 1e-12
 RESTART_START, RESTART_MAX = 0.05, 0.5
 
 
@@ -46,7 +53,7 @@ class UnifiedRAttention(CausalSelfAttention):
     def __init__(self, n_embd: int, n_head: int, R: int = 4, dropout: float = 0.0, use_self_restart: bool = False,
                  per_head_gates: bool = True, debug: bool = False, bias: bool = True,
                  gate_start: tuple[float, float] | None = None, proj_std: float = INIT_STD,
-                 init_seed: int | None = 0):
+                 init_seed: int | None = 0, skip_start: float | None = None):
         super().__init__(n_embd, n_head, dropout, bias, proj_std)
         if debug and self.head_dim % 8:
             raise ValueError(f"head_dim {self.head_dim} must be a multiple of 8 for tensor cores")
@@ -60,21 +67,28 @@ class UnifiedRAttention(CausalSelfAttention):
             share = RESTART_START / RESTART_MAX
             self.restart_logit = nn.Parameter(torch.full((n_head,), math.log(share / (1 - share))))
             self.gate_parameters += ("restart_logit",)
+        self.coupling = Coupling()
+        self.skip_std = self.skip_low = None
+        if skip_start is not None:
+            per_channel = 2 * n_head * n_embd  # a query and a key row of every head
+            self.skip_std = SkipGate(per_channel * (self.head_dim - R), skip_start)
+            self.skip_low = SkipGate(per_channel * R, skip_start)
         self.baked, self.used = False, False
         self._set_sizes(R)
         if init_seed is not None:
             init_weights(self, init_seed)
 
     @classmethod
-    def from_config(cls, cfg):
+    def from_config(cls, cfg, layer: int = 0):
         return cls(cfg.GPT2_N_EMBD, cfg.GPT2_N_HEAD, cfg.RA_R, cfg.GPT2_DROPOUT, cfg.RA_SELF_RESTART,
                    cfg.RA_PER_HEAD_GATES, bias=cfg.GPT2_BIAS, gate_start=(0.9, 0.1) if cfg.RA_GATES_FIXED else None,
-                   proj_std=residual_std(cfg.GPT2_N_LAYER), init_seed=None)
+                   proj_std=residual_std(cfg.GPT2_N_LAYER), init_seed=None,
+                   skip_start=cfg.SKIP_START if cfg.SKIP_GATES else None)
 
     @staticmethod
     def extra_parameters(cfg) -> int:
         gates = cfg.GPT2_N_HEAD if cfg.RA_PER_HEAD_GATES else 1
-        return 2 * gates + cfg.RA_SELF_RESTART * cfg.GPT2_N_HEAD
+        return 2 * gates + cfg.RA_SELF_RESTART * cfg.GPT2_N_HEAD + 2 * bool(cfg.SKIP_GATES)
 
     def sizes(self) -> dict:
         return {"head_dim": self.head_dim, "R": self.R}
@@ -109,30 +123,85 @@ class UnifiedRAttention(CausalSelfAttention):
         """Share of the self-restart path per head, [n_head], in (0, 0.5); None without self-restart."""
         return None if self.restart_logit is None else RESTART_MAX * torch.sigmoid(self.restart_logit)
 
+    @property
+    def living(self) -> slice:
+        """Channels of a head that are computed: all but those of a path that a skip gate switched off."""
+        std, low = (skip is None or skip.on for skip in (self.skip_std, self.skip_low))
+        return slice(0 if std else self.D_std, self.head_dim if low else self.D_std)
+
+    @property
+    def on(self) -> bool:
+        return self.living.start < self.living.stop
+
+    @property
+    def key_dim(self) -> int:
+        """Channels of a query and a key: the living ones, filled up to a multiple of 8 (what the kernels take) by zeros."""
+        count = self.living.stop - self.living.start
+        return min(-(-count // ALIGNMENT) * ALIGNMENT, self.head_dim)
+
+    @key_dim.setter
+    def key_dim(self, value):
+        """The base class sets it; here it follows from what is on."""
+
     def row_scale(self):
-        """What multiplies the rows of the fused projection, [3 n_embd]: the gates for Qf and Kf, one for V."""
-        per_head = torch.cat([self.gate_std[:, None].expand(-1, self.D_std), self.gate_rec[:, None].expand(-1, self.R)], 1)
+        """What multiplies the rows of the fused projection, [3 n_embd]: the root of its weight in Qf and Kf, one in V."""
+        scales = []
+        for gate, skip in ((self.gate_std, self.skip_std), (self.gate_rec, self.skip_low)):
+            # g itself is a root of w = g^2, with a gradient everywhere; a scale between 0 and 1 leaves only w.
+            root = self.coupling.weight(gate.square()).clamp_min(TINY).sqrt() if self.coupling.moved else gate
+            scales.append(root * skip.factor().sqrt() if skip is not None and skip.on else root)
+        std, low = scales
+        per_head = torch.cat([std[:, None].expand(-1, self.D_std), low[:, None].expand(-1, self.R)], 1)
         rows = per_head.expand(self.n_head, self.head_dim).reshape(-1)
         return torch.cat([rows, rows, torch.ones_like(rows)])
 
-    def projection_weights(self):
-        self.used = True
-        weight, bias = self.c_attn.weight, self.c_attn.bias
+    def rows(self):
+        """The fused projection [Qf; Kf; V] without gates: weight [3 n_embd, n_embd] and bias [3 n_embd] (or None)."""
+        return self.c_attn.weight, self.c_attn.bias
+
+    def gated_rows(self):
+        """The same with the gates on it."""
+        weight, bias = self.rows()
         if self.baked:
             return weight, bias
         scale = self.row_scale()
         return weight * scale[:, None], None if bias is None else bias * scale
 
+    def projection_weights(self):
+        self.used = True
+        weight, bias = self.gated_rows()
+        if self.living == slice(0, self.head_dim):
+            return weight, bias
+        return self._of_living(weight), None if bias is None else self._of_living(bias)
+
+    def _of_living(self, rows):
+        """Rows [3 n_embd, ...] with only the living channels of each query and key, filled up to key_dim by zeros."""
+        kept = rows[:2 * self.n_embd].view(2, self.n_head, self.head_dim, -1)[:, :, self.living]
+        kept = F.pad(kept, (0, 0, 0, self.key_dim - kept.size(2))).flatten(0, 2)
+        return torch.cat([kept.view(-1, *rows.shape[1:]), rows[2 * self.n_embd:]])
+
     def combine(self, attended, values, x):
         if self.restart_logit is None:
             return attended
-        a = self.rwr_alpha[:, None, None]
-        return (attended + a * (values - attended)).to(attended.dtype)
+        a = self.coupling.share(self.rwr_alpha)
+        # A matmul, for a compiler keeps its result, and would compute anything else anew for each channel that it multiplies;
+        # and channels in a row, as the projection left them. Both halve what self-restart costs on a GPU.
+        heads = torch.eye(self.n_head, device=a.device, dtype=a.dtype).repeat_interleave(self.head_dim, 0)
+        share = F.linear((a / (1 - a))[None], heads)[0].to(attended.dtype)
+        y = attended.transpose(1, 2).flatten(2) + share * values.transpose(1, 2).flatten(2)
+        return y.unflatten(2, (self.n_head, self.head_dim)).transpose(1, 2)
 
-    def forward(self, x, cache=None):
+    def output_weights(self):
+        weight, bias = super().output_weights()
+        if self.restart_logit is None:
+            return weight, bias
+        kept = 1 - self.coupling.share(self.rwr_alpha)
+        return weight * kept.repeat_interleave(self.head_dim), bias
+
+    def forward(self, x, cache=None, context=None):
         if self.debug and not x.is_cuda:
             raise ValueError("debug mode wants its input on a CUDA device")
-        return super().forward(x, cache)
+        return super().forward(x, cache, context)
 
     @torch.no_grad()
     def from_pretrained_qkv(self, W_q, W_k, W_v, projection_P=None, b_q=None, b_k=None, b_v=None, exact: bool = False):
@@ -162,15 +231,27 @@ class UnifiedRAttention(CausalSelfAttention):
     @torch.no_grad()
     def bake(self):
         """Fold the gates into the weights and fix them at 1: the same function, nothing left to multiply."""
-        weight, bias = self.projection_weights()
-        self.c_attn.weight.copy_(weight)
-        if bias is not None:
-            self.c_attn.bias.copy_(bias)
-        for gate in (self.gate_std, self.gate_rec):
-            gate.fill_(1.0)
-            gate.requires_grad_(False)
-        self.baked = True
+        if not self.baked:
+            weight, bias = self._whole()
+            self.c_attn.weight.copy_(weight)
+            if bias is not None:
+                self.c_attn.bias.copy_(bias)
+            for gate in (self.gate_std, self.gate_rec):
+                gate.fill_(1.0)
+                gate.requires_grad_(False)
+            for skip in (self.skip_std, self.skip_low):
+                if skip is not None:
+                    skip.fold()
+            self.baked = True
         return self
+
+    def _whole(self):
+        """The fused projection at full width with its gates, and zeros for the channels that are off."""
+        weight, bias = self.gated_rows()
+        off = torch.ones(self.head_dim, dtype=torch.bool, device=weight.device)
+        off[self.living] = False
+        rows = torch.cat([off.repeat(2 * self.n_head), off.new_zeros(self.n_embd)])
+        return weight.masked_fill(rows[:, None], 0), None if bias is None else bias.masked_fill(rows, 0)
 
     def rebake_gates(self):
         """Fold gates that were set after `bake()`; does nothing if none was."""
@@ -188,16 +269,26 @@ class UnifiedRAttention(CausalSelfAttention):
         super()._load_from_state_dict(*args, **kwargs)
 
     @torch.no_grad()
-    def collapse(self) -> CausalSelfAttention | None:
-        """The baseline attention that computes the same function; None with self-restart, for which none is known."""
-        if self.restart_logit is not None:
-            return None
-        weight, bias = self.projection_weights()
-        plain = CausalSelfAttention(self.n_embd, self.n_head, self.dropout, self.c_attn.bias is not None).to(weight)
+    def collapse(self) -> CausalSelfAttention:
+        """The baseline attention that computes the same function; with self-restart, one that only adds the restart."""
+        weight, bias = self._whole()
+        has_bias = bias is not None
+        if self.restart_logit is None:
+            plain = CausalSelfAttention(self.n_embd, self.n_head, self.dropout, has_bias).to(weight)
+        else:
+            plain = UnifiedRAttention(self.n_embd, self.n_head, 1, self.dropout, True, False, bias=has_bias,
+                                      gate_start=(1.0, 1.0), init_seed=None).to(weight)
+            plain.restart_logit.copy_(self.restart_logit)
+            if self.coupling.moved:
+                plain.coupling.moved = True
+                plain.coupling.scale.copy_(self.coupling.scale)
         plain.c_attn.weight.copy_(weight)
-        if bias is not None:
+        if has_bias:
             plain.c_attn.bias.copy_(bias)
         plain.c_proj.load_state_dict(self.c_proj.state_dict())
+        if not self.on:  # the whole layer is gone, its output bias too
+            for p in plain.c_proj.parameters():
+                p.zero_()
         return plain.train(self.training)
 
     def stats(self) -> dict:
@@ -205,13 +296,15 @@ class UnifiedRAttention(CausalSelfAttention):
         found = {"unified_ra_w_std": self.w_std, "unified_ra_w_rec": self.w_rec}
         if self.restart_logit is not None:
             found["unified_ra_rwr_alpha"] = self.rwr_alpha
+        if self.skip_std is not None:
+            found |= {"skip_std_attn": self.skip_std.value(), "skip_lowrank_attn": self.skip_low.value()}
         return found
 
     @torch.no_grad()
     def get_gate_stats(self) -> dict[str, float]:
         """w_std_mean, _min, _max, _std, the same of w_rec, and of rwr_alpha with self-restart, as floats."""
         return {f"{name.removeprefix('unified_ra_')}_{kind}": getattr(value, kind)(**options).item()
-                for name, value in self.stats().items()
+                for name, value in self.stats().items() if value.ndim
                 for kind, options in (("mean", {}), ("min", {}), ("max", {}), ("std", {"unbiased": False}))}
 
 

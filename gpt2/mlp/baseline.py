@@ -11,6 +11,7 @@ class MLP(nn.Module):
     """[B, T, n_embd] -> [B, T, n_embd] through d_ff = expansion * n_embd hidden features. Source: Radford et al. 2019."""
 
     gate_parameters: tuple[str, ...] = ()
+    on = True  # False: the layer has no MLP (any more)
 
     def __init__(self, n_embd: int, d_ff: int, dropout: float = 0.0, bias: bool = True, proj_std: float = INIT_STD):
         super().__init__()
@@ -20,7 +21,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     @classmethod
-    def from_config(cls, cfg):
+    def from_config(cls, cfg, layer: int = 0):
         return cls(cfg.GPT2_N_EMBD, hidden_width(cfg), cfg.GPT2_DROPOUT, cfg.GPT2_BIAS, residual_std(cfg.GPT2_N_LAYER))
 
     @staticmethod
@@ -28,10 +29,22 @@ class MLP(nn.Module):
         """Parameters of one layer beyond GPT-2's, in closed form; the law of parameter counts compares with it."""
         return 0
 
+    def meet(self, attention) -> None:
+        """Told of the attention of the same block, once, when both are built: an MLP may share weights with it."""
+
     def sizes(self) -> dict:
         """Resolved integers, for metrics.json."""
         return {"d_ff": self.d_ff}
 
-    def forward(self, x):
+    def collapse(self):
+        """The simplest MLP that computes the same; itself where none is known."""
+        return self
+
+    def bake(self):
+        """This MLP with what acts on its weights folded into them, for inference."""
+        return self
+
+    def forward(self, x, attended=None):
+        """`attended` is what the attention of the same block added to the residual stream, or None if it is off."""
         h = F.gelu(self.c_fc(x), approximate="tanh")
         return self.dropout(self.c_proj(h))

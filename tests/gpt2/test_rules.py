@@ -99,6 +99,37 @@ def test_the_first_budget_without_the_warning_is_the_first_with_a_reset(configur
     assert not warnings(configuration("V0", GPT2_MAX_ITERS=first, **symbols))
 
 
+WAITS = "the coupling waits until the loss of {} steps has settled, and so stays at 0 for all {} iterations"
+
+
+@pytest.mark.parametrize("symbols, sentences", [
+    ({"GPT2_MAX_ITERS": 20}, [WAITS.format(50, 20)]),
+    ({"GPT2_MAX_ITERS": 50}, [WAITS.format(50, 50)]),
+    ({"GPT2_MAX_ITERS": 51}, []),
+    ({"GPT2_MAX_ITERS": 51, "COUPLING_WINDOW": 51}, [WAITS.format(51, 51)]),
+    ({"GPT2_MAX_TOKENS": 65536 * 50}, [WAITS.format(50, 50)]),
+    ({"GPT2_MAX_TIME": 1}, []),
+])
+def test_a_coupling_that_cannot_fire_within_its_budget_is_said_beforehand(symbols, sentences):
+    cfg = load("gpt2-ra-ablation", "V1", {"COUPLING_VARIANCE": True, "SPAM_INTERVAL": 0, **symbols})
+    assert warnings(cfg) == sentences and warnings(cfg.replace(COUPLING_WINDOW=None)) == []
+
+
+def test_the_first_budget_without_that_warning_is_the_first_whose_coupling_can_act(configuration):
+    import torch
+
+    from gpt2.coupling import Coupling, CouplingController
+    from lib.mechanisms import Moment
+
+    symbols = {"COUPLING_VARIANCE": True, "COUPLING_WINDOW": 4, "SPAM_INTERVAL": 0}
+    for iterations in (4, 5):
+        cfg = configuration("V1", GPT2_MAX_ITERS=iterations, **symbols)
+        steers = CouplingController(cfg, torch.nn.ModuleList([Coupling()]))
+        for i in range(iterations):
+            steers.advance(Moment(i, i / iterations, torch.tensor(3.0) if i else None))
+        assert bool(warnings(cfg)) == bool(steers.inactive()) == (iterations == 4)
+
+
 def test_rules_and_warnings_need_no_torch():
     code = "import sys, gpt2.rules; assert not {'torch', 'numpy'} & sys.modules.keys()"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

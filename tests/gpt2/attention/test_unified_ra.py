@@ -195,13 +195,16 @@ def test_biases_given_to_a_module_without_them_are_refused():
 def test_self_restart_mixes_attention_and_the_values_of_the_same_position():
     _, ra = pair(exact=False, use_self_restart=True)
     torch.testing.assert_close(ra.rwr_alpha, torch.full((H,), 0.05))
-    attended, values = torch.randn(2, H, 5, D), torch.randn(2, H, 5, D)
-    torch.testing.assert_close(ra.combine(attended, values, None), 0.95 * attended + 0.05 * values)
-    with torch.no_grad():
-        ra.restart_logit.fill_(float("-inf"))
-    assert torch.equal(ra.combine(attended, values, None), attended)
-    with torch.no_grad():
-        ra.restart_logit.fill_(100.0)
+    x = torch.randn(2, 5, E)
+    plain = CausalSelfAttention(E, H)
+    plain.load_state_dict({"c_attn.weight": ra.gated_rows()[0], "c_attn.bias": ra.gated_rows()[1],
+                           **{f"c_proj.{name}": p for name, p in ra.c_proj.state_dict().items()}})
+    values = torch.nn.functional.linear(x, plain.c_attn.weight[2 * E:], plain.c_attn.bias[2 * E:])
+    alone = ra.c_proj(values)
+    for logit, share in ((ra.restart_logit.detach().clone(), 0.05), (float("-inf"), 0.0), (100.0, 0.5)):
+        with torch.no_grad():
+            ra.restart_logit.fill_(logit) if isinstance(logit, float) else ra.restart_logit.copy_(logit)
+        torch.testing.assert_close(ra(x), (1 - share) * plain(x) + share * alone, rtol=1e-5, atol=1e-5)
     assert (ra.rwr_alpha <= 0.5).all()
 
 
@@ -212,7 +215,6 @@ def test_it_collapses_to_ordinary_attention(bias):
     torch.testing.assert_close(ra.collapse().eval()(x), ra(x), rtol=0, atol=1e-6)
     ra.double()
     torch.testing.assert_close(ra.collapse()(x.double()), ra(x.double()), rtol=0, atol=1e-12)
-    assert UnifiedRAttention(E, H, R=R, use_self_restart=True).collapse() is None
 
 
 def test_set_R_is_legal_until_weights_are_used():

@@ -4,9 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gpt2.attention.baseline import CausalSelfAttention
 from gpt2.layers import init_weights
 from gpt2.mlp.baseline import MLP
 from gpt2.mlp.reciprocal import ReciprocalMLP
+from gpt2.model import GPT
+from lib import optimizers
 
 E, FF, R = 32, 128, 24
 
@@ -71,8 +74,12 @@ def test_it_collapses_to_the_baseline_mlp(mixer):
     torch.testing.assert_close(collapsed(x), mlp(x), rtol=0, atol=1e-6)
 
 
-def test_with_a_token_gate_no_collapse_is_known():
-    assert build(token_gate=True).collapse() is None
+@pytest.mark.parametrize("options", [{"token_gate": True}, {"injection": True}, {"token_gate": True, "injection": True}])
+def test_with_a_token_gate_or_injection_it_collapses_to_one_without_weights_and_mixer(options):
+    mlp, x, attended = build(mixer=True, **options), torch.randn(2, 7, E), torch.randn(2, 7, E)
+    collapsed = mlp.collapse()
+    assert type(collapsed) is ReciprocalMLP and collapsed.mixer is None and collapsed.w_rec == collapsed.w_std == 1
+    torch.testing.assert_close(collapsed(x, attended), mlp(x, attended), rtol=0, atol=1e-6)
 
 
 def test_the_gate_is_per_token():
@@ -91,10 +98,75 @@ def test_every_parameter_gets_gradient():
 
 def test_gates_are_declared():
     assert set(ReciprocalMLP(E, FF, R, mixer=True, token_gate=True).gate_parameters) == {
-        "gate_std", "gate_rec", "token_gate", "token_gate_bias"}
+        "gate_std", "gate_rec", "token_gate", "token_gate_bias", "injection_alpha"}
 
 
 @pytest.mark.parametrize("R_ff", [0, FF])
 def test_sizes_that_do_not_fit(R_ff):
     with pytest.raises(ValueError, match=f"R_ff {R_ff} must be at least 1 and below d_ff {FF}"):
         ReciprocalMLP(E, FF, R_ff)
+
+
+# Injection and tying
+
+def test_injection_is_seen_by_the_reciprocal_features_only():
+    mlp, x, a = build(injection=True), torch.randn(2, 7, E), torch.randn(2, 7, E)
+    with torch.no_grad():
+        mlp.injection_alpha.fill_(0.7)
+    std, low = mlp.c_fc.weight[:FF - R], mlp.c_fc.weight[FF - R:]
+    b = mlp.c_fc.bias
+    h = [F.gelu(F.linear(*arguments), approximate="tanh")
+         for arguments in ((x, std, b[:FF - R]), (x + 0.7 * a, low, b[FF - R:]))]
+    expected = F.linear(torch.cat([mlp.w_std * h[0], mlp.w_rec * h[1]], -1), mlp.c_proj.weight, mlp.c_proj.bias)
+    torch.testing.assert_close(mlp(x, a), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mlp(x, None), mlp(x, torch.zeros_like(a)), rtol=0, atol=1e-6)
+    assert ReciprocalMLP(E, FF, R, injection=True).injection_alpha == 1
+
+
+@pytest.mark.parametrize("tying", ["up", "proj"])
+@pytest.mark.parametrize("injection", [False, True])
+def test_tied_features_use_the_rows_of_another_matrix(tying, injection):
+    attention = CausalSelfAttention(E, 4)
+    init_weights(attention, 1)
+    mlp = build(tying=tying, injection=injection)
+    mlp.meet(attention)
+    x, a = torch.randn(2, 7, E), torch.randn(2, 7, E)
+    source = mlp.c_fc.weight if tying == "up" else attention.c_proj.weight
+    assert mlp.c_fc.weight.shape == (FF - R, E) and torch.equal(mlp.up_weights()[1][0], source[:R])
+    h = F.gelu(F.linear(x + a if injection else x, source[:R], mlp.low_bias), approximate="tanh")
+    low = F.linear(h, mlp.w_rec * mlp.c_proj.weight[:, FF - R:])
+    std = F.linear(F.gelu(mlp.c_fc(x), approximate="tanh"), mlp.w_std * mlp.c_proj.weight[:, :FF - R])
+    torch.testing.assert_close(mlp(x, a), std + low + mlp.c_proj.bias, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mlp.collapse()(x, a), mlp(x, a), rtol=0, atol=1e-6)
+    mlp(x, a).square().sum().backward()
+    assert (source.grad[:R] != 0).all()
+
+
+def test_a_tied_matrix_is_one_parameter(configuration):
+    model = GPT(configuration("M4"))
+    block = model.transformer.h[1]
+    assert block.mlp.tied_weight is block.attn.c_proj.weight
+    assert not any("tied_weight" in name for name, _ in model.named_parameters())
+    groups = optimizers.param_groups(model, configuration("M4"))
+    assert len([p for group in groups for p in group["params"]]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("tying, most", [("up", 64), ("proj", 32)])
+def test_more_tied_features_than_rows_are_refused(tying, most):
+    """An earlier implementation sliced beyond the rows and was silently given fewer."""
+    with pytest.raises(ValueError, match=f"R_ff {most + 1} must be at most"):
+        ReciprocalMLP(E, FF, most + 1, tying=tying)
+    ReciprocalMLP(E, FF, most, tying=tying)
+
+
+@pytest.mark.parametrize("options", [{}, {"mixer": True}, {"token_gate": True}, {"injection": True, "mixer": True},
+                                     {"skip_start": (1.0, -1.5)}])
+def test_bake_changes_nothing(options):
+    mlp, x, a = build(**options), torch.randn(2, 7, E), torch.randn(2, 7, E)
+    before, state = mlp(x, a), {k: v.clone() for k, v in mlp.state_dict().items()}
+    for _ in range(2):
+        mlp.bake()
+        torch.testing.assert_close(mlp(x, a), before, rtol=0, atol=1e-6)
+    assert mlp.w_std == mlp.w_rec == 1 and not mlp.gate_std.requires_grad
+    mlp.load_state_dict(state)
+    assert torch.equal(mlp(x, a), before) and mlp.gate_std.requires_grad
