@@ -5,8 +5,8 @@ One optimizer, two kinds of groups, told apart by `group["matrix"]`:
 - True: matrices. p <- p (1 - lr weight_decay) - lr balance(grad). No state at all.
 - False: everything else (embeddings, biases, norms, gates), AdamW with two moments, as the paper trains it.
 
-Invariants: the matrices' step does not depend on the scale of the gradient (so a gradient clip does not change it,
-save through the tanh of the L1 form), zero rows and columns stay zero, and p.grad is not changed.
+Invariants: the matrices' step does not depend on the scale of the gradient (so a gradient clip does not change it), zero
+rows and columns stay zero, and p.grad is not changed.
 
 Learning rates. Entries of balance() have root mean square 1, about what AdamW's step has, so the step is lr an entry.
 The paper gives the Adam part the global rate and the matrices SINKGD_MATRIX_LR_MULT = 0.05 of it: global 0.02, hence 1e-3 for
@@ -26,8 +26,9 @@ def balance(grads: torch.Tensor, iters: int, l1: bool = False, tau: float | None
     """SR-Sinkhorn of each matrix: grads (..., m, n) -> the same shape, in float32 or better.
 
     `iters` rounds of: rows to L2 norm sqrt(n), then columns to L2 norm sqrt(m). After the last round the columns hold
-    exactly, the rows up to convergence. The L1 form takes tanh(grads / tau) first, then L1 norms n and m, so that the
-    mean |entry| is 1 where the L2 form has a mean square of 1 (the L1 form is not the paper's).
+    exactly, the rows up to convergence. The L1 form (not the paper's) normalises to L1 norms n and m, so that the mean
+    |entry| is 1 where the L2 form has a mean square of 1, and then takes tanh(entry / tau): at a small tau nearly the sign.
+    A tanh of the raw gradient, whose entries are far below any tau, would do nothing.
 
     Every iterate is diag(r) G diag(c), and a round needs only the sums over rows and columns of G^2 weighted by c^2
     and r^2: two products of a matrix with a vector, instead of two passes that rewrite the matrix.
@@ -40,8 +41,6 @@ def balance(grads: torch.Tensor, iters: int, l1: bool = False, tau: float | None
 def _balance_(x: torch.Tensor, iters: int, l1: bool, tau: float | None) -> torch.Tensor:
     """`balance` of a stack (b, m, n), in place: fresh memory costs a CPU more than the arithmetic does."""
     m, n = x.shape[1:]
-    if l1:
-        x.div_(tau).tanh_()
     # Relative to the largest entry, squares neither overflow nor vanish. (amax and amin: the maximum norm is slow.)
     largest = torch.maximum(x.amax((1, 2), keepdim=True), -x.amin((1, 2), keepdim=True))
     x.div_(largest.clamp_min_(torch.finfo(x.dtype).tiny))
@@ -54,7 +53,8 @@ def _balance_(x: torch.Tensor, iters: int, l1: bool, tau: float | None) -> torch
         columns = torch.baddbmm(floor, rows.transpose(1, 2), power, alpha=1.0 / m).reciprocal_()  # (b, 1, n)
     if not l1:
         rows, columns = rows.sqrt_(), columns.sqrt_()
-    return x.mul_(rows).mul_(columns)
+    x.mul_(rows).mul_(columns)
+    return x.div_(tau).tanh_() if l1 else x
 
 
 class SinkGD(torch.optim.Optimizer):
