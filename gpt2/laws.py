@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from gpt2.function_class import simplest
 from gpt2.model import GPT, expected_parameters
 from lib import optimizers
 
@@ -68,7 +69,7 @@ def parameter_count(s: Subject):
 
 
 def cache_bytes(s: Subject):
-    layer = pkgutil.resolve_name(s.cfg.ATTENTION_CLASS).cache_bytes_per_token(s.cfg, itemsize=2)
+    layer = pkgutil.resolve_name(s.cfg.BLOCK_CLASS).cache_bytes_per_token(s.cfg, itemsize=2)
     found, expected = s.cache_bytes, s.cfg.GPT2_N_LAYER * s.cfg.GPT2_BLOCK_SIZE * layer
     return None if found == expected else f"the cache holds {found} bytes, its formula says {expected}"
 
@@ -88,7 +89,7 @@ def differs(s: Subject):
         return None
     shapes = [{name: t.shape for name, t in one.start.items()} for one in (s, s.reference)]
     same = shapes[0] == shapes[1] and torch.equal(s.start_logits, s.reference.start_logits)
-    declared = s.equals == s.reference.step
+    declared = s.equals is not None and s.equals in (s.reference.step, s.reference.equals)
     if same and not declared:
         return f"it is {s.reference.step} in disguise: the same parameters and the same function"
     return f"it declares to equal {s.equals}, but differs from it" if declared and not same else None
@@ -176,8 +177,21 @@ def save_and_load(s: Subject):
     return None if torch.equal(before, after) else "a saved and loaded model computes something else"
 
 
+@torch.no_grad()
+def function_class(s: Subject):
+    """The trained model, collapsed, is the simplest configuration's model in every tensor and computes the same logits."""
+    plain = s.model.collapse()
+    with torch.device("meta"):
+        expected = GPT(simplest(s.small)[0])
+    shapes, said = ({name: tuple(t.shape) for name, t in model.state_dict().items()} for model in (plain, expected))
+    if different := sorted(name for name in shapes.keys() | said.keys() if shapes.get(name) != said.get(name)):
+        return f"it collapses to another model than gpt2/function_class.py states: {different[0]}"
+    worst = (plain.eval()(s.x)[0] - s.logits(s.x)).abs().max().item()
+    return None if worst <= TOLERANCE else f"the model that it collapses to differs from it by {worst:.1e}"
+
+
 LAWS = (parameter_count, cache_bytes, same_start, differs, initial_loss, causality, decoding, gradients, optimizer_step,
-        save_and_load)
+        save_and_load, function_class)
 
 
 def broken_laws(subject: Subject) -> list[str]:

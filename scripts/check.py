@@ -9,6 +9,7 @@ import sys
 import time
 
 from lib.cells import baseline, steps_of
+from lib.classes import function_classes
 from lib.config import Study, announce, parse_step
 from lib.errors import UserError, reported
 from lib.steps import step_files, step_header, step_path
@@ -21,9 +22,10 @@ def check_steps(study: Study, steps: list[str], full: bool = False) -> int:
 
     first = baseline(study)
     resolved = {step: study.resolve(step).config for step in dict.fromkeys([first, *steps])}
-    header = ["step", "parameters", f"to {first}", "KV cache, MiB", "laws", "seconds"]
-    widths = [max(map(len, ["step", *resolved])), 14, 12, 13, 15, 7]
-    print(table_head(header, widths, "lrrrlr"), end="", flush=True)
+    classes = function_classes(resolved)
+    header = ["step", "class", "parameters", f"to {first}", "KV cache, MiB", "laws", "seconds"]
+    widths = [max(map(len, ["step", *resolved])), max(map(len, ["class", *map(str, classes.values())])), 14, 12, 13, 15, 7]
+    print(table_head(header, widths, "llrrrlr"), end="", flush=True)
     failures, reference = {}, None
     for step, cfg in resolved.items():
         begun = time.monotonic()
@@ -44,13 +46,21 @@ def check_steps(study: Study, steps: list[str], full: bool = False) -> int:
         if reference is None:
             raise UserError(f"the baseline {first} cannot be built ({broken[0]}).", "mend it before its variants.")
         verdict = broken[0].split(":")[0] if broken else "ok"
-        print(table_row([step, *sizes, verdict, f"{time.monotonic() - begun:.1f}"], widths, "lrrrlr"), end="", flush=True)
+        print(table_row([step, str(classes[step]), *sizes, verdict, f"{time.monotonic() - begun:.1f}"], widths,
+                        "llrrrlr"), end="", flush=True)
     for step, broken in failures.items():
         for sentence in broken:
             print(f"BROKEN {step}: {sentence}")
     one = resolved[first]
     print(f"{len(resolved) - len(failures)} of {len(resolved)} steps obey the laws; sizes at {one.GPT2_N_LAYER} layers x "
           f"{one.GPT2_N_EMBD}, context {one.GPT2_BLOCK_SIZE}, cache of one sequence in 2 bytes")
+    for known in classes.values():
+        if known.relation == "inside":
+            print(known.sentence)
+    for of in dict.fromkeys(known.of for known in classes.values()):
+        alike = [step for step, known in classes.items() if known.of == of and known.relation == "equal"]
+        if alike:
+            print(f"of {of}'s function class, so that a difference is optimisation only: {' '.join(alike)}")
     return 1 if failures else 0
 
 

@@ -1,10 +1,12 @@
-"""List what there is: goals of the Makefile, studies and fragments, or steps. Needs nothing but Python."""
+"""List what there is: goals of the Makefile, studies and fragments, or steps. Needs nothing but Python,
+and kconfiglib for the steps' function classes."""
 
 import argparse
+import contextlib
 import re
 from pathlib import Path
 
-from lib.errors import reported
+from lib.errors import UserError, reported
 from lib.paths import ROOT
 from lib.steps import step_files, step_header
 
@@ -36,14 +38,35 @@ def defconfigs() -> None:
         if files:
             print(f"{title}")
             for path in files:
-                print(f"  {path.name:28} {first_comment(path)}")
+                print(f"  {path.name:34} {first_comment(path)}")
 
 
 def steps() -> None:
-    """Steps, each with its `# Help:` line."""
+    """Steps, each with the first step of its function class and its `# Help:` line."""
+    classes = classes_of_steps()
+    width = max(map(len, classes.values())) if classes else 0
     for name, path in step_files().items():
         equals = step_header(path, "Equals")
-        print(f"  {name:10} {step_header(path, 'Help') or ''}{f' (equals {equals})' if equals else ''}")
+        print(f"  {name:10} {classes.get(name, ''):{width}}  {step_header(path, 'Help') or ''}"
+              f"{f' (equals {equals})' if equals else ''}")
+    print("""
+The second column is the function class: two steps of one class compute the same functions, and differ in optimisation only.
+"inside V0": whatever the step computes, V0 can, and more.""" if classes else """
+After make setup this list shows the steps' function classes too.""")
+
+
+def classes_of_steps() -> dict[str, str]:
+    """The function class of every step in the default study, V0 before all; empty where kconfiglib is not installed yet."""
+    try:
+        from lib.classes import function_classes
+        from lib.config import DEFAULT_STUDY, Study
+    except ImportError:
+        return {}
+    study, configurations = Study(DEFAULT_STUDY), {}
+    for step in [study.config.ABLATION_STEPS.split()[0], *step_files()]:
+        with contextlib.suppress(UserError):  # a fragment that does not hold is listed all the same
+            configurations[step] = study.resolve(step).config
+    return {step: str(known) for step, known in function_classes(configurations).items()}
 
 
 def main() -> None:

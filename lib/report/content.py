@@ -14,6 +14,7 @@ import numpy as np
 
 from lib import anytime, design, stats
 from lib.arms import Group, compare, group, reference, refuse_copies
+from lib.classes import FunctionClass, function_classes
 from lib.tables import plural
 from lib.verdicts import Comparison
 
@@ -37,8 +38,10 @@ def content(plan) -> dict:
             continue
         groups = group(plan.study, plan.found(cells), tuned)
         comparisons = compare(plan.study, groups, order, test, comparisons=0 if tuned else design.comparisons(history))
+        classes = function_classes({one.step: one.cells[0][0].resolved.config for one in groups})
         compared |= comparisons
-        steps += [_step(plan, groups, one, comparisons.get(one.name), later, test, curves) for one in groups]
+        steps += [_step(plan, groups, one, comparisons.get(one.name), later, test, curves, classes[one.step])
+                  for one in groups]
     records = [s.record for c, s in plan.found(plan.common) if s.state == "done"]
     base = next(step for step in steps if step["is_baseline"])
     overrides = ", ".join(f"{a.name}={a.value}" for a in plan.study.overrides)
@@ -61,7 +64,7 @@ def content(plan) -> dict:
 
 
 def _step(plan, groups: list[Group], one: Group, comparison: Comparison | None, later: list[int], test: str,
-          evaluations: dict[str, list]) -> dict:
+          evaluations: dict[str, list], function_class: FunctionClass) -> dict:
     base = reference(plan.study, groups, one)
     records = {cell.seed: status.record for cell, status in one.cells if status.state == "done"}
     config = one.cells[0][0].resolved.config.as_json()
@@ -70,6 +73,8 @@ def _step(plan, groups: list[Group], one: Group, comparison: Comparison | None, 
     curves = {cell.seed: evaluations[cell.name] for cell, _ in one.cells if cell.seed in records}
     return {
         "name": one.name, "step": one.step, "optimizer": one.optimizer, "help": one.help,
+        "function_class": {"of": function_class.of, "relation": function_class.relation, "shown": str(function_class),
+                           "sentence": function_class.sentence},
         "is_baseline": comparison is None, "control": one.control, "tuned": one.tuned,
         "states": {state: states.count(state) for state in dict.fromkeys(states)},
         "seeds_done": len(records), "seeds_planned": len(one.cells), "mean": _means(list(records.values())),

@@ -36,11 +36,16 @@ def verdict_table(steps: list[dict], first: str) -> str:
         loss = f"{mean['val_loss']:.4f}" if known else "-"
         loss += f" ± {mean['val_loss_sd']:.4f}" if known and mean["val_loss_sd"] is not None else ""
         seeds = f"{step['seeds_done']}/{step['seeds_planned']}"
-        rows.append([step["name"], c["word"] if c else "baseline", _interval(c), seeds, loss, _view(c, "equal_tokens"),
-                     _view(c, "equal_seconds"), speed(c)])
-    header = ["step", "verdict", f"to {first}, nats (95 %)", "seeds", "final val loss", "at equal tokens", "at equal seconds",
-              "tokens/s"]
-    return table(header, rows, "llrrrrrr")
+        rows.append([step["name"], c["word"] if c else "baseline", function_class(step), _interval(c), seeds, loss,
+                     _view(c, "equal_tokens"), _view(c, "equal_seconds"), speed(c)])
+    header = ["step", "verdict", "class", f"to {first}, nats (95 %)", "seeds", "final val loss", "at equal tokens",
+              "at equal seconds", "tokens/s"]
+    return table(header, rows, "lllrrrrrr")
+
+
+def function_class(step: dict) -> str:
+    """The function class of a step, "V0" or "inside V0"; "" in a report that was written before they were in it."""
+    return (step.get("function_class") or {}).get("shown", "")
 
 
 def _interval(c: dict | None) -> str:
@@ -73,6 +78,8 @@ def sentences(steps: list[dict]) -> str:
             if c["p_sign_flip"] is not None and c["word"] in ("BETTER", "WORSE", "NEGLIGIBLE", "INCONCLUSIVE"):
                 lines[-1] += f" Sign-flip p {c['p_sign_flip']:.3g} (floor {c['sign_flip_floor']:.3g})" + (
                     f", pairing correlation {c['correlation']:.2f}." if c["correlation"] is not None else ".")
+            if (known := step.get("function_class")) and known["relation"] != "own":
+                lines[-1] += f" {known['sentence']}."
     return "\n".join(lines) + "\n" if lines else ""
 
 

@@ -1,5 +1,7 @@
 """Attention and MLP modules with one planted defect each, for the tests of the laws."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -17,7 +19,7 @@ class Leaky(CausalSelfAttention):
 class FirstKeyOnly(CausalSelfAttention):
     """In decoding, a single query sees position 0 only, as is_causal=True with one row would have it."""
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, context=None):
         if cache is None or not cache.length or x.size(1) > 1:
             return super().forward(x, cache)
         true_keys = cache.keys.clone()
@@ -50,7 +52,7 @@ class Detached(MLP):
     def extra_parameters(cfg):
         return 1
 
-    def forward(self, x):
+    def forward(self, x, attended=None):
         return super().forward(x) * (self.scale.detach() + 0.0 * self.scale)
 
 
@@ -79,7 +81,23 @@ class Forgetful(MLP):
         super().__init__(*args)
         self.seen = 0
 
-    def forward(self, x):
+    def forward(self, x, attended=None):
         if self.training:
             self.seen += 1
         return super().forward(x) * (1 + 0.01 * self.seen)
+
+
+class Collapsing(MLP):
+    """Is said to be equal to an MLP that it is not equal to."""
+
+    def collapse(self):
+        plain = copy.deepcopy(self)
+        plain.c_proj.weight.data.mul_(1.01)
+        return plain
+
+
+class Shrinking(MLP):
+    """Collapses to something of which nothing is stated."""
+
+    def collapse(self):
+        return MLP(self.c_fc.in_features, self.d_ff // 2)

@@ -14,7 +14,9 @@ COMPARISON = {"word": "INCONCLUSIVE", "sentence": "V1 vs V0: the sentence.", "di
               "speed": {"ratio": 0.98, "low": 0.97, "high": 0.99, "n": 5}}
 MEAN = {"val_loss": 2.44, "val_loss_sd": 0.004, "val_perplexity": 11.5, "tokens": 256_000.0, "train_seconds": 75.0,
         "tokens_per_second": 12_800.0, "parameters": 453_632, "peak_memory_bytes": 300 * 2 ** 20}
-STEP = {"name": "V1", "mean": MEAN, "comparison": COMPARISON, "seeds_done": 5, "seeds_planned": 5, "states": {"done": 5}}
+CLASS = {"of": "V0", "relation": "equal", "shown": "V0", "sentence": "V1 is V0 in function class"}
+STEP = {"name": "V1", "mean": MEAN, "function_class": CLASS, "comparison": COMPARISON, "seeds_done": 5, "seeds_planned": 5,
+        "states": {"done": 5}}
 
 
 def cells(row):
@@ -33,21 +35,22 @@ def verdict_row(**changes):
 
 
 def test_a_row_of_the_verdict_table():
-    assert verdict_row() == ["V1", "INCONCLUSIVE", "-0.0021 (-0.0061..+0.0019)", "5/5", "2.4400 ± 0.0040", "-0.0020 ± 0.0040",
-                             "+0.0100", "x0.980 ± 0.010"]
+    assert verdict_row() == ["V1", "INCONCLUSIVE", "V0", "-0.0021 (-0.0061..+0.0019)", "5/5", "2.4400 ± 0.0040",
+                             "-0.0020 ± 0.0040", "+0.0100", "x0.980 ± 0.010"]
 
 
 def test_an_invalid_step_has_no_number_at_all():
     none = dict.fromkeys(("difference", "low", "high", "equal_tokens", "equal_seconds", "speed"))
-    assert verdict_row(comparison=COMPARISON | none | {"word": "INVALID"})[2:] == ["-", "5/5", "-", "-", "-", "-"]
+    assert verdict_row(comparison=COMPARISON | none | {"word": "INVALID"})[3:] == ["-", "5/5", "-", "-", "-", "-"]
 
 
 def test_what_is_missing_is_a_dash_and_the_baselines_fields_are_empty():
     assert verdict_row(comparison=COMPARISON | {"difference": None, "equal_tokens": None, "equal_seconds": None, "speed": None},
                        mean__val_loss=None, mean__val_loss_sd=None, seeds_done=0) == [
-        "V1", "INCONCLUSIVE", "-", "0/5", "-", "-", "-", "-"]
-    assert verdict_row(comparison=None)[1:3] + verdict_row(comparison=None)[5:] == ["baseline", "", "", "", ""]
-    assert verdict_row(comparison__low=None, comparison__high=None)[2] == "-0.0021"
+        "V1", "INCONCLUSIVE", "V0", "-", "0/5", "-", "-", "-", "-"]
+    assert verdict_row(comparison=None)[1:4] + verdict_row(comparison=None)[6:] == ["baseline", "V0", "", "", "", ""]
+    assert verdict_row(comparison__low=None, comparison__high=None)[3] == "-0.0021"
+    assert verdict_row(function_class=None)[2] == "", "a report of before there were classes in it"
 
 
 @pytest.mark.parametrize("word, said", [("INCONCLUSIVE", True), ("BETTER", True), ("EQUIVALENT", False), ("INVALID", False)])
@@ -56,7 +59,9 @@ def test_the_sign_flip_test_stands_beside_a_difference(word, said):
     step["comparison"]["word"] = word
     text = markdown.sentences([step])
     assert text.startswith("- V1 vs V0: the sentence.")
-    assert text.endswith(" Sign-flip p 0.25 (floor 0.0625), pairing correlation 0.83.\n") == said
+    assert text.endswith(" Sign-flip p 0.25 (floor 0.0625), pairing correlation 0.83. V1 is V0 in function class.\n") == said
+    step["function_class"] = CLASS | {"relation": "own", "sentence": None}
+    assert "function class" not in markdown.sentences([step])
 
 
 def test_the_states_of_cells():
@@ -80,8 +85,9 @@ def test_a_whole_report(study):  # noqa: F811
     text = markdown.render(content(study("V0 V1", 'CONTROL_STEPS="P0"', V0=V0, V1=BELOW, P0=[3.0001, 3.0202, 3.0499])))
     lines = text.splitlines()
     assert lines[0] == "# mine" and lines[2].startswith("**CONTROL FAILED: control P0 should show a loss against V0, but: ")
-    assert cells(lines[4])[:3] == ["step", "verdict", "to V0, nats (95 %)"]
-    assert [cells(line)[:2] for line in lines[6:9]] == [["V0", "baseline"], ["V1", "BETTER"], ["P0", "EQUIVALENT"]]
+    assert cells(lines[4])[:4] == ["step", "verdict", "class", "to V0, nats (95 %)"]
+    assert [cells(line)[:3] for line in lines[6:9]] == [["V0", "baseline", "V0"], ["V1", "BETTER", "V0"],
+                                                        ["P0", "EQUIVALENT", "V0"]]
     for fact in ("- plan ",
                  "- error rate: at most 5 % for any false BETTER, WORSE or NEGLIGIBLE in a family, at the planned number of",
                  "- V0 over 3 seeds has a standard deviation of 0.0252 nats: two single runs of one and the same model differ",
@@ -96,4 +102,5 @@ def test_a_report_of_nothing(study):  # noqa: F811
 
     text = markdown.render(content(study(write=False)))
     assert "| V1   | INCOMPLETE | " in text and "machine" not in text
-    assert "- V1 vs V0: INCOMPLETE: V0 seed 1 planned, V0 seed 2 planned, V0 seed 3 planned and 3 more.\n" in text
+    assert ("- V1 vs V0: INCOMPLETE: V0 seed 1 planned, V0 seed 2 planned, V0 seed 3 planned and 3 more. V1 is V0 in function "
+            "class: a difference is optimisation only.\n") in text
