@@ -374,3 +374,22 @@ def test_the_default_without_a_configuration(tmp_path):
     code, output = study.make("plan")
     assert code == 0 and output.startswith("no .config: using the study gpt2-ra-ablation+tiny")
     assert all(f"test_V{i}_adamwspam_none" in output for i in range(7))
+
+
+def test_a_fragment_alone_is_a_step_everywhere(tmp_path):
+    """In list-steps, the plan, check and the report, with its function class, and without another edit."""
+    tree = copy_tree(tmp_path / "tree")
+    (tree / "gpt2/steps/MINE.config").write_text("# Help: R-MLP of a quarter, with a mixer\nCONFIG_ATTENTION_SDPA=y\n"
+                                                 'CONFIG_MLP_RECIPROCAL=y\nCONFIG_RMLP_R_FF="1/4"\nCONFIG_RMLP_MIXER=y\n')
+    study = Study(tmp_path, tree=tree, ABLATION_STEPS='"V0 MINE"')
+    outputs = {goal: study.make(goal) for goal in ("list-steps", "plan", "check", "run")}
+    assert [code for code, _ in outputs.values()] == [0, 0, 0, 0], outputs
+    assert "  MINE       V0         R-MLP of a quarter, with a mixer\n" in outputs["list-steps"][1]
+    assert "test_MINE_adamwspam_none" in outputs["plan"][1]
+    row = next(line for line in outputs["check"][1].splitlines() if line.startswith("| MINE"))
+    assert row.split("|")[2].strip() == "V0" and " ok " in row
+    report = json.loads((study.out / "report.json").read_text())
+    mine = next(step for step in report["steps"] if step["name"] == "MINE")
+    assert mine["help"] == "R-MLP of a quarter, with a mixer" and mine["seeds_done"] == 1
+    assert mine["function_class"]["sentence"] == "MINE is V0 in function class: a difference is optimisation only"
+    assert mine["function_class"]["sentence"] in (study.out / "report.md").read_text()

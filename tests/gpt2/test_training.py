@@ -59,6 +59,35 @@ def test_resume_is_bit_exact(configuration, tmp_path, step):
     assert (parts.resumed, parts.val_loss, parts.train_loss) == (2, whole.val_loss, whole.train_loss)
 
 
+# A step whose program, phase or coupling changes within 9 iterations, and where that shows in the log.
+CHANGES = {
+    "M2": ({"SKIP_START": "-1.0", "SKIP_AFTER": "0.0", "SKIP_CHECK": "0.1"}, "compute_ratio", lambda ratio: ratio < 1),
+    "M5": ({"SKIP_AFTER": "0.3", "SKIP_CHECK": "0.1"}, "skip_rec_mlp", lambda value: value == 0),
+    "V16": ({"COUPLING_WINDOW": 3, "COUPLING_SPREAD": "10.0", "COUPLING_TREND": "10.0"}, "coupling_scale", lambda s: s == 1),
+    "V12": ({"COUPLING_DELAY_STEPS": 5, "COUPLING_SHARE": "1.0"}, "coupling_scale", lambda s: s == 1),
+    "V1": ({"COUPLING_WARMUP": "y", "COUPLING_SHARE": "0.5"}, "coupling_scale", lambda s: s == 1),
+    "RT1": ({"ROUTER_DROP": "0.0"}, "p_ra", lambda share: 0 < share < 1),
+    "RALEARN0": ({"DIRECTION_SHARE": "0.5", "DIRECTION_MIN_STEPS": 5}, "p_recip", lambda p: 0 <= p <= 1),
+}
+
+
+@pytest.mark.parametrize("step", CHANGES)
+def test_what_a_mechanism_decides_survives_a_stop(configuration, tmp_path, step):
+    """Before and after the change: a run that is stopped twice decides what the uninterrupted one does, and logs it."""
+    symbols, logged, changed = CHANGES[step]
+    cfg = configuration(step, GPT2_MAX_ITERS=9, GPT2_EVAL_INTERVAL=1, GPT2_LOG_INTERVAL=1, **symbols)
+    straight, whole = run(cfg, tmp_path / "a")
+    for steps in (3, 3):
+        with pytest.raises(loop.Interrupted):
+            run(cfg, tmp_path / "b", StopAfter(steps))
+    resumed, parts = run(cfg, tmp_path / "b")
+    assert same(straight, resumed) and whole.inactive is None and parts.inactive is None
+    logs = [[numbers(r) for r in (tmp_path / d / "metrics.jsonl").read_text().splitlines()] for d in "ab"]
+    assert logs[0] == logs[1]
+    values = [value for value, in rows(tmp_path / "a", logged) if value is not None]
+    assert changed(values[-1]) and (step == "RALEARN0" or values[0] != values[-1])
+
+
 def test_a_checkpoint_older_than_the_log_drops_the_rows_after_it(configuration, tmp_path):
     cfg = configuration("V1", GPT2_MAX_ITERS=6, GPT2_LOG_INTERVAL=1, GPT2_EVAL_INTERVAL=100)
     with pytest.raises(loop.Interrupted):
