@@ -70,7 +70,7 @@ endif
 
 # make V3 runs V3; make plan V3 and make check V3 only look at it.
 .PHONY: $(STEP_GOALS)
-$(STEP_GOALS): $(if $(filter plan check report cells tune-lr,$(MAKECMDGOALS)),,run)
+$(STEP_GOALS): $(if $(filter plan check report cells tune-lr bench-steps,$(MAKECMDGOALS)),,run)
 	@:
 
 .PHONY: plan
@@ -152,6 +152,10 @@ bench-check: $(SETUP) ## time make check on gpt2-ra-ablation
 .PHONY: bench-overhead
 bench-overhead: $(SETUP) ## seconds that each finished cell of the study spent outside its budget
 	$(Q)$(PYTHON) -m scripts.bench overhead
+
+.PHONY: bench-steps
+bench-steps: $(SETUP) ## time and peak memory of a training step of every step, relative to the baseline
+	$(Q)$(PYTHON) -m scripts.bench_steps $(STEPS)
 
 .PHONY: bench-stats
 bench-stats: $(SETUP) ## simulate the statistics: coverage, false wins of a study and of UNTIL=decided, seeds it saves

@@ -1,0 +1,259 @@
+"""Time and peak memory of a training step of every step, relative to the study's baseline, in one run.
+
+A training step is forward, penalties, backward, clipping and optimizer.step on one batch of random tokens; evaluation, data
+and the host's decisions are none of it. The baseline stays built, and its blocks stand between those of the step that is
+measured (A B A B ... A): time is the median over rounds of a B block over the mean of the two A blocks beside it, followed by
+the smallest and the largest round. The baseline's own row is a second model of the baseline, so it shows the noise.
+
+Memory on a GPU: the most that was allocated during the step's blocks, less what was allocated before it was built. On the CPU
+a process's memory cannot be told apart by step, so there it is counted: bytes of parameters, gradients and optimizer state,
+and of what autograd keeps for backward in eager mode, each storage once; what a backward pass computes again is not in it.
+
+A mechanism that follows the budget is measured fully on, as in a model outside the loop, so a direction that is to be learned
+computes both. --progress .5 tells it beforehand that half of the budget is over, which is how most of a run is spent.
+
+Steps that differ in nothing but learning rate and streams are measured once. Rows are printed, and --out is written, as they
+are known, so a time limit loses none of them; steps can be given by name, in several calls. --show prints such files again.
+"""
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+
+from gpt2.model import GPT
+from lib import atomic, optimizers, runtime
+from lib.cells import baseline
+from lib.config import Study, parse_step
+from lib.errors import UserError, reported
+from lib.loop import COMPILE_WARMUP_STEPS
+from lib.mechanisms import Mechanisms, Moment
+from lib.steps import step_files, step_path
+from lib.tables import table, table_head, table_row
+
+FORMAT = 1
+# What changes neither the program nor its sizes.
+SAME_PROGRAM = ("LEARNING_RATE", "LEARNING_RATE_MULT", "GPT2_MIN_LR", "STREAMS")
+HEADER = ["step", "ms a step", "time", "min .. max", "memory, MiB", "memory", "note"]
+RIGHT = "lrrrrrl"
+
+
+class Subject:
+    """A model in training on one batch, which is the same for every model of these sizes."""
+
+    def __init__(self, cfg, device, batch: int, compiled: str, progress: float | None = None):
+        self.cfg, self.device = cfg, device
+        self.model = GPT(cfg).to(device).train()
+        self.optimizer = optimizers.build(self.model, cfg)
+        self.mechanisms = Mechanisms(self.model)
+        if progress is not None:
+            self.mechanisms.advance(Moment(10 ** 6, progress))  # more steps than any mechanism counts
+        for module in {"no": [], "blocks": self.model.transformer.h, "whole": [self.model]}[compiled]:
+            module.compile(dynamic=False)
+        tokens = torch.randint(cfg.VOCAB_SIZE, (batch, cfg.GPT2_BLOCK_SIZE + 1), generator=torch.Generator().manual_seed(0))
+        self.x, self.y = tokens[:, :-1].contiguous().to(device), tokens[:, 1:].contiguous().to(device)
+
+    def loss(self, model):
+        with runtime.autocast(self.cfg, self.device):
+            _, loss = model(self.x, self.y)
+        return loss + self.mechanisms.penalty()
+
+    def block(self, steps: int) -> float:
+        """Train for so many steps; seconds of one."""
+        runtime.synchronize(self.device)
+        begun = time.perf_counter()
+        for _ in range(steps):
+            self.loss(self.model).backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.GRAD_CLIP or float("inf"))
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        runtime.synchronize(self.device)
+        return (time.perf_counter() - begun) / steps
+
+    def counted_bytes(self) -> int:
+        """Bytes a training step needs at once at most, from the tensors it holds, after a first block."""
+        own = storages([*self.model.parameters(), *self.model.buffers()])
+        kept = {}
+
+        def keep(tensor):
+            kept.update(storages([tensor]))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = self.loss(self.model.forward)
+        kept = {where: size for where, size in kept.items() if where not in own}
+        loss.backward()  # what it frees may be used for the gradients, so these have a sum of their own
+        gradients = storages([p.grad for p in self.model.parameters() if p.grad is not None])
+        state = storages([t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)])
+        self.optimizer.zero_grad(set_to_none=True)
+        return sum(sum(found.values()) for found in (own, kept, gradients, state))
+
+
+def storages(tensors) -> dict[int, int]:
+    """{address: bytes} of what tensors that live at the same time lie in."""
+    return {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+
+
+def measure(cfg, first: Subject, rounds: int, iterations: int, **options) -> dict:
+    """The numbers of one step, beside those of the baseline `first`."""
+    device, peak = first.device, 0
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    subject = Subject(cfg, device, **options)
+    subject.block(COMPILE_WARMUP_STEPS)
+    beside, own = [first.block(iterations)], []
+    for _ in range(rounds):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        own.append(subject.block(iterations))
+        if device.type == "cuda":
+            peak = max(peak, torch.cuda.max_memory_allocated(device) - before)
+        beside.append(first.block(iterations))
+    if device.type != "cuda":
+        peak = subject.counted_bytes()
+    ratios = [b / mean(pair) for b, pair in zip(own, zip(beside, beside[1:], strict=False), strict=True)]
+    return {"seconds": median(own), "baseline_seconds": median(beside), "time": median(ratios), "time_min": min(ratios),
+            "time_max": max(ratios), "memory_bytes": peak, "parameters": sum(p.numel() for p in subject.model.parameters())}
+
+
+EMPTY = dict.fromkeys(("seconds", "baseline_seconds", "time", "time_min", "time_max", "memory_bytes", "parameters", "memory"))
+
+
+def measured(cfg, first: Subject, **options) -> dict:
+    """What `measure` found, or why it found nothing."""
+    try:
+        try:
+            return EMPTY | {"error": None} | measure(cfg, first, **options)
+        except KeyError:
+            if options["compiled"] != "blocks":
+                raise
+            # Compiled blocks share a cache, and the guards of another mechanism's may stumble over this one's buffers.
+            torch.compiler.reset()
+            first.block(COMPILE_WARMUP_STEPS)
+            return EMPTY | {"error": None} | measure(cfg, first, **options)
+    except torch.OutOfMemoryError:
+        return EMPTY | {"error": f"out of memory at a batch of {options['batch']}"}
+    except Exception as error:  # a step that does not run is a row
+        lines = str(error).strip().splitlines()
+        return EMPTY | {"error": f"{type(error).__name__}: {lines[0][:150] if lines else 'without a word'}"}
+
+
+def release(device) -> None:
+    gc.collect()  # a compiled model refers to itself
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def line(row: dict) -> list[str]:
+    """A row for people."""
+    if row["error"]:
+        return [row["step"], *[""] * 5, row["error"]]
+    return [row["step"], f"{1e3 * row['seconds']:.1f}", f"{row['time']:.3f}", f"{row['time_min']:.3f} .. {row['time_max']:.3f}",
+            f"{row['memory_bytes'] / 2 ** 20:.1f}", f"{row['memory']:.3f}" if row["memory"] else "",
+            f"as {row['as']}" if row["as"] else ""]
+
+
+def show(path: Path) -> str:
+    """What a file written by --out holds, as Markdown."""
+    record = json.loads(path.read_text())
+    where, rows = record["environment"], [line(row) for row in record["rows"]]
+    compiled = {"whole": "the whole model compiled", "blocks": "blocks compiled", "no": "eager"}[record["compiled"]]
+    return (f"### {path.stem}\n\n{where['device']}, torch {where['torch']}, {where['precision']}, {compiled}; "
+            f"{record['study']}, {record['batch']} x {record['block_size']} tokens a step; {record['rounds']} rounds of "
+            f"{record['iterations']} steps; relative to {record['baseline']}.\n\n" + table(HEADER, rows, RIGHT))
+
+
+def bench(study: Study, steps: list[str], batch: int | None, compiled: str | None, rounds: int, iterations: int,
+          progress: float | None, out: Path | None) -> None:
+    """Measure `steps`, and the baseline before them; print a row for each, and keep them in `out`."""
+    name = baseline(study)
+    cfg = study.resolve(name).config
+    device = runtime.setup(cfg)
+    compiled = compiled or ("whole" if device.type == "cuda" else "no")
+    options = {"batch": batch or cfg.BATCH_SIZE, "compiled": compiled, "progress": progress}
+    if compiled != "no":  # one program a model, all under one limit, beyond which models would run uncompiled without a word
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10 ** 6
+    steps = list(dict.fromkeys([name, *steps]))
+    begun = time.monotonic()
+
+    def say(what: str) -> None:
+        print(f"{time.monotonic() - begun:6.0f} s  {what}", file=sys.stderr, flush=True)
+
+    environment = {k: v for k, v in runtime.environment(cfg, device).items() if k != "sources"}
+    record = {"format": FORMAT, "study": study.name, "baseline": name, "block_size": cfg.GPT2_BLOCK_SIZE, **options,
+              "rounds": rounds, "iterations": iterations,
+              "environment": environment | {"compile": compiled != "no"}, "rows": []}
+    say(f"{environment['device']}, torch {torch.__version__}, compiled: {compiled}, {options['batch']} x "
+        f"{cfg.GPT2_BLOCK_SIZE} tokens: building the baseline {name}")
+    try:
+        first = Subject(cfg, device, **options)
+        first.block(COMPILE_WARMUP_STEPS)
+    except Exception as error:
+        raise UserError(f"the baseline {name} does not run at a batch of {options['batch']} ({type(error).__name__}: {error}).",
+                        "give a smaller --batch, or mend it before its variants.") from None
+    widths = [max(map(len, ["step", *steps])), 9, 6, 14, 11, 6, 8]
+    print(table_head(HEADER, widths, RIGHT), end="", flush=True)
+    known = {}
+    for number, step in enumerate(steps, 1):
+        row = {"step": step, "as": None}
+        try:
+            own = study.resolve(step).config
+        except UserError as error:
+            row |= EMPTY | {"error": error.what}
+        else:
+            program = tuple((k, v) for k, v in own.as_json().items() if k not in SAME_PROGRAM)
+            if program in known:
+                row |= known[program] | {"as": known[program]["step"], "step": step}
+            else:
+                say(f"{number} of {len(steps)}: {step}")
+                row |= measured(own, first, rounds=rounds, iterations=iterations, **options)
+                release(device)
+                base = record["rows"][0] if record["rows"] else row
+                if row["memory_bytes"] and base["memory_bytes"]:
+                    row["memory"] = row["memory_bytes"] / base["memory_bytes"]
+                known[program] = row
+        record["rows"].append(row)
+        print(table_row(line(row), widths, RIGHT), end="", flush=True)
+        if out:
+            atomic.write_json(out, record)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.bench_steps", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="*", help="V1 or V1@RA_R=8 (default: every step there is)")
+    parser.add_argument("--study", default=os.environ.get("STUDY") or "gpt2-ra-ablation+tiny",
+                        help="whose sizes and baseline (default: %(default)s; on a GPU gpt2-ra-ablation+h100)")
+    parser.add_argument("--batch", type=int, help="sequences of a step (default: the study's BATCH_SIZE)")
+    parser.add_argument("--compile", choices=["whole", "blocks", "no"],
+                        help="the whole model as cells do (default on a GPU), only its blocks, which takes a tenth of the time "
+                             "to compile, or nothing (default on a CPU)")
+    parser.add_argument("--rounds", type=int, default=5, help="blocks of each step (default: %(default)s)")
+    parser.add_argument("--iterations", type=int, default=5, help="training steps of a block (default: %(default)s)")
+    parser.add_argument("--progress", type=float, help="share of the budget that mechanisms are told of, once")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="keep the rows there")
+    parser.add_argument("--show", type=Path, nargs="+", metavar="FILE.json", help="measure nothing, print what these hold")
+    args = parser.parse_args(arguments)
+    if args.show:
+        print("\n".join(show(path) for path in args.show), end="")
+        return
+    for option in ("batch", "rounds", "iterations"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            raise UserError(f"--{option} {value} is below 1.", "leave it out for the default.")
+    if args.out and not args.out.parent.is_dir():
+        raise UserError(f"there is no folder {args.out.parent}.", "create it first.")
+    study = Study(args.study)
+    for step in args.steps:  # a slip of the pen ends it at once; a step that does not fit this study is a row
+        step_path(parse_step(step)[0], study.config.STEPS_DIR)
+    bench(study, args.steps or list(step_files(study.config.STEPS_DIR)), args.batch, args.compile, args.rounds, args.iterations,
+          args.progress, args.out)
+
+
+if __name__ == "__main__":
+    with reported():
+        main()
