@@ -98,7 +98,7 @@ def warnings(cfg) -> list[str]:
             iterations <= cfg.DIRECTION_MIN_STEPS or (iterations - 1) / iterations < cfg.DIRECTION_SHARE):
         found.append(f"the directions are fixed after {cfg.DIRECTION_MIN_STEPS} steps and {cfg.DIRECTION_SHARE:g} of the "
                      f"budget, and so never in {iterations} iterations")
-    if cfg.ROUTER_DROP is not None and iterations and (iterations - 1) // cfg.GPT2_EVAL_INTERVAL < 2:  # that of the end is late
-        found.append(f"routing waits until a later evaluation is below the first one, and {iterations} iterations evaluated "
-                     f"every {cfg.GPT2_EVAL_INTERVAL} have no two before their end")
+    if cfg.ROUTER_DROP is not None and iterations and iterations <= cfg.GPT2_EVAL_INTERVAL:  # that of the end is late
+        found.append("routing waits for an evaluation that is below the loss of the untrained model, and "
+                     f"{iterations} iterations evaluated every {cfg.GPT2_EVAL_INTERVAL} have none before their end")
     return found

@@ -45,7 +45,7 @@ class Progress:
     resumed: int = 0
     rows: int = 0
     best_val_loss: float | None = None
-    first_val_loss: float | None = None
+    first_loss: float | None = None  # of the model before its first step, on the first batch
     train_loss: float | None = None
     val_loss: float | None = None
     inactive: str | None = None
@@ -143,8 +143,6 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
         best = progress.best_val_loss
         if math.isfinite(progress.val_loss):
             progress.best_val_loss = progress.val_loss if best is None else min(best, progress.val_loss)
-        if progress.first_val_loss is None:
-            progress.first_val_loss = progress.val_loss
         progress.inactive = mechanisms.inactive() if last else None
         log.row(iteration=progress.iteration, tokens=progress.iteration * per_iteration, train_seconds=clock.read("train"),
                 progress=budget.progress(progress.iteration, clock.read("train")),
@@ -170,7 +168,7 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
             save_checkpoint()
             log.close()
             raise Interrupted
-        moment = Moment(progress.iteration, share, last_loss, progress.first_val_loss, progress.val_loss)
+        moment = Moment(progress.iteration, share, last_loss, progress.first_loss, progress.val_loss)
         if mechanisms.advance(moment) and compiling:
             clock.switch("compile")
             progress.peak_memory_bytes = max(progress.peak_memory_bytes, runtime.peak_memory_bytes(device))
@@ -199,6 +197,8 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         last_loss = step_loss
+        if progress.first_loss is None:
+            progress.first_loss = step_loss.item()
         loss_sum += step_loss
         loss_count += 1
         progress.iteration += 1

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class Moment:
     """Where a run stands before a step: steps done, share of the budget used, loss of the step before (on the device,
-    detached), and the first and the latest validation loss; None where there is none yet."""
+    detached), loss of the untrained model on the first batch, latest validation loss; None where there is none yet."""
 
     iteration: int
     progress: float
     train_loss: Tensor | None = None
-    first_val_loss: float | None = None
+    first_loss: float | None = None
     val_loss: float | None = None
 
 

@@ -183,7 +183,8 @@ def test_until_decided_adds_blocks_and_ends(tmp_path):
 def test_a_failed_cell_ends_until_decided_with_a_report(tmp_path):
     tree = copy_tree(tmp_path / "tree")
     path = tree / "gpt2/attention/unified_ra.py"
-    replace(path, "def from_config(cls, cfg):\n", "def from_config(cls, cfg):\n        raise MemoryError\n")
+    start = "def from_config(cls, cfg, layer: int = 0):\n"
+    replace(path, start, f"{start}        raise MemoryError\n")
     study = Study(tmp_path, tree=tree)
     code, output = study.make("UNTIL=decided")
     assert code == 2 and output.count("failed: exit status 1: MemoryError (see ") == 3, output

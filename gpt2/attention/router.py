@@ -13,9 +13,9 @@ parameters: only so does |x - e| say how far context has moved the token, becaus
 In a stand-alone module, where there is no stream, E is x. All of it belongs to the token's own position and sequence.
 
 Phases: the loop starts with the fixed mix, in which the router decides nothing and gets no gradient and no penalty (which
-would push it into a corner). Once the validation loss is ROUTER_DROP below that of the first evaluation it routes for good. The
-phase is a tensor, so nothing is compiled anew. A model built outside the loop routes. While it routes, ROUTER_PENALTY times the
-mean of p_full over tokens and layers is added to the loss.
+would push it into a corner). Once the validation loss is ROUTER_DROP below the loss of the untrained model it routes for good.
+The phase is a tensor, so nothing is compiled anew. A model built outside the loop routes. While it routes, ROUTER_PENALTY
+times the mean of p_full over tokens and layers is added to the loss.
 
 What is not true of it: the reciprocal heads are ordinary heads, and the path is not cheap: all heads are computed for every
 token, so the "compute penalty" saves nothing. Neither path sees all heads, so "full" is not GPT-2's attention. Routing after
@@ -122,7 +122,7 @@ class RouterAttention(CausalSelfAttention):
         """Begin with the fixed mix; route from the fall of the validation loss on, for good."""
         if moment.iteration == 0:
             self.routing.zero_()
-        if moment.val_loss is not None and moment.val_loss <= (1 - self.drop) * moment.first_val_loss:
+        if moment.val_loss is not None and moment.val_loss <= (1 - self.drop) * moment.first_loss:
             self.routing.fill_(1.0)
         return False
 
@@ -138,7 +138,7 @@ class RouterAttention(CausalSelfAttention):
     def inactive(self) -> str | None:
         if self.routing > 0:
             return None
-        return f"routing never began: no evaluation was {self.drop:.0%} below the first one"
+        return f"routing never began: no evaluation was {self.drop:.0%} below the loss of the untrained model"
 
     def __getstate__(self):
         """For copies and pickles: a tensor with a graph can be neither."""

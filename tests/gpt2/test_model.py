@@ -6,9 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from gpt2.attention.baseline import CausalSelfAttention
+from gpt2.block import Block
+from gpt2.mlp.baseline import MLP
 from gpt2.model import GPT, expected_parameters
 from lib.config import load
-from tests.gpt2.conftest import STEPS
+from tests.gpt2.conftest import STEPS, V_STEPS
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,9 @@ def test_steps_share_every_tensor_of_the_same_name_and_shape(models, step):
         if name in base and base[name].shape == p.shape:
             assert torch.equal(p, base[name]), name
             shared += 1
-    assert shared == len(base)
+    if step in V_STEPS:
+        assert shared == len(base)
+    assert shared >= len(base) - 6 * 2, "what is not shared is another shape, in the mechanism"
 
 
 def test_the_start_depends_on_seed_and_name_only(configuration):
@@ -156,13 +161,17 @@ def test_too_many_tokens_are_refused(models):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_function_class(models, step):
-    """V1, V3 and V4 collapse to GPT-2, exactly to rounding; self-restart, per-token gates and output gates do not."""
+    """V1, V3 and V4 collapse to GPT-2, exactly to rounding; self-restart, per-token gates and output gates do not. Whatever it
+    collapses to is a copy: changing it changes nothing here."""
     model, x = models[step], tokens(2, 20)
-    collapsed = model.collapse()
-    if step in ("V2", "V5", "V6", "OG0"):
-        assert collapsed is None
-    else:
-        assert {n for n, _ in collapsed.named_parameters()} == {n for n, _ in models["V0"].named_parameters()}
-        torch.testing.assert_close(collapsed(x)[0], model(x)[0], rtol=0, atol=1e-5)
+    collapsed, before = model.collapse(), model(x)[0]
+    torch.testing.assert_close(collapsed(x)[0], before, rtol=0, atol=1e-5)
+    kinds = [[type(block), type(block.attn), type(block.mlp)] for block in collapsed.transformer.h]
+    plain = ("V0", "V1", "V3", "V4", "V1T", "V12", "V16", "KT1", "RALEARN0")
+    assert (kinds == [[Block, CausalSelfAttention, MLP]] * 2) == (step in plain)
+    with torch.no_grad():
+        for p in collapsed.parameters():
+            p.zero_()
+    assert torch.equal(model(x)[0], before)
 
 

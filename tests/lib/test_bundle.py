@@ -344,7 +344,7 @@ def test_another_finished_result_is_refused_and_nothing_is_written(machine, tmp_
     ({"seeds": "7", "SEED": 7}, f"{V0}, which is no cell of study a study: it has no such step, optimizer or base seed."),
     ({"OPTIMIZER_ADAMW": "y"}, f"{V0}, which is no cell of study a study: it has no such step, optimizer or base seed."),
     ({"LEARNING_RATE": '"0.001"'}, f"{V0}, which is no cell of study a study: its result is of another configuration: "
-                                   "LEARNING_RATE 0.0006 -> 0.001."),
+                                   "LEARNING_RATE 0.0015 -> 0.001."),
     ({"GPT2_MAX_ITERS": 10}, f"{V0}, which is no cell of study a study: its result is of another configuration: "
                              "GPT2_MAX_ITERS 250 -> 10."),
 ])

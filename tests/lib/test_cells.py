@@ -117,7 +117,7 @@ def test_the_optimizer_may_be_a_dimension(study):
 @pytest.mark.parametrize("steps, lines, what, run", [
     ("", [], "the study has no steps.", "set ABLATION_STEPS in make menuconfig (make list-steps lists them)."),
     ("V0 V1 V0", [], "ABLATION_STEPS='V0 V1 V0' names a step twice.", "name every step once."),
-    ("V0 V7", [], "there is no step 'V7'.", "make list-steps."),
+    ("V0 Q99", [], "there is no step 'Q99'.", "make list-steps."),
     ("V0@STUDY", [], "'STUDY' in step 'V0@STUDY' is no override.", "write an override as V1@RA_R=8."),
     ("V0", ['OPTIMIZERS="adam"'], "OPTIMIZERS: unknown symbol OPTIMIZER_ADAM.", "did you mean OPTIMIZER_ADAMW?"),
     ("V0", ['OPTIMIZERS="adamw adamw"'], "two cells would share the folder test_V0_adamw_none.",
@@ -309,7 +309,7 @@ def test_a_cell_with_a_record_is_what_the_record_says(tmp_path, cell, end, reaso
     assert state(tmp_path, cell()) == (end, why)
     assert inspect(tmp_path, cell()).record["identity"] == cell().provenance()["identity"]
     assert state(tmp_path, cell("V1", "BATCH_SIZE=9", 'LEARNING_RATE="0.5"')) == (
-        "stale", "its result is of another configuration: BATCH_SIZE 8 -> 9; LEARNING_RATE 0.0006 -> 0.5")
+        "stale", "its result is of another configuration: BATCH_SIZE 8 -> 9; LEARNING_RATE 0.0015 -> 0.5")
 
 
 def test_another_seed_in_the_same_folder_is_stale(tmp_path, cell):
@@ -332,7 +332,7 @@ def test_an_unreadable_record_is_stale(tmp_path, cell, text, why):
 def test_a_result_that_says_symbols_of_its_own_is_compared_by_value(tmp_path, cell):
     """A study that says a default aloud, or a number in another spelling, keeps its results."""
     finish(tmp_path, cell("V3"))
-    same = cell("V3", 'LEARNING_RATE="6e-4"', 'GPT2_DROPOUT="0.10"', "BATCH_SIZE=8")
+    same = cell("V3", 'LEARNING_RATE="1.5e-3"', 'GPT2_DROPOUT="0.10"', "BATCH_SIZE=8")
     assert state(tmp_path, same)[0] == "done"
 
 

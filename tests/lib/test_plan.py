@@ -112,7 +112,7 @@ def test_what_changes_no_number_reruns_nothing(thousand, monkeypatch):
     """Margin, baseline, tracker, intervals, names, places, another spelling, and an override that says what holds."""
     thousand.configure('MARGIN="0.5"', 'BASELINE="V1"', "TRACKER_WANDB=y", 'TRACKER_PROJECT="mine"', "GPT2_LOG_INTERVAL=1",
                        "CHECKPOINT_INTERVAL=0", 'STUDY="renamed"', 'DATA_DIR="/elsewhere"', 'DATA_LOCAL_DIR="/there"',
-                       'LEARNING_RATE="6e-4"', "GPT2_MAX_TIME=0")
+                       'LEARNING_RATE="1.5e-3"', "GPT2_MAX_TIME=0")
     monkeypatch.setenv("GPT2_MAX_ITERS", "250")
     plan, found = written()
     assert plan.out == thousand.out and found == []
