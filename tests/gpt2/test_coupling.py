@@ -264,6 +264,16 @@ def test_the_ramp_takes_its_steps_or_a_tenth_of_the_budget_whichever_is_shorter(
 
 # State
 
+def test_a_model_that_starts_from_another_begins_its_own_schedule(schedule):
+    """A parent's state says that its loss had settled, or that its delay was over."""
+    parent, child, fresh = (controller(schedule) for _ in range(3))
+    scales(parent, [3.0] * 300, budget=300)
+    assert parent.scale == 1
+    child.load_state_dict(parent.state_dict())
+    losses = curve(fall=60, length=100)
+    assert scales(child, losses, budget=300) == scales(fresh, losses, budget=300)
+
+
 @pytest.mark.parametrize("stop", [3, 40, 50, 61, 65])
 def test_the_state_survives_a_round_trip_bit_for_bit(schedule, stop):
     losses = curve(fall=5, length=80, noise=0.1)

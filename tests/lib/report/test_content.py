@@ -383,3 +383,10 @@ def test_the_made_up_record_is_complete():
     """Or the report would be tested on records that no cell writes."""
     set_elsewhere = {"format", "state", "reason", "inactive", "study", "step", "optimizer", "seed", "identity"}
     assert MEASURED.keys() == set(results.KEYS) - set_elsewhere
+
+
+def test_every_step_says_its_function_class(study):
+    steps = {step["name"]: step["function_class"] for step in content(study("V0 V1 V1T V2", V0=V0))["steps"]}
+    assert {name: one["shown"] for name, one in steps.items()} == {"V0": "V0", "V1": "V0", "V1T": "inside V0", "V2": "V2"}
+    assert steps["V1"]["sentence"] == "V1 is V0 in function class: a difference is optimisation only"
+    assert steps["V0"]["relation"] == steps["V2"]["relation"] == "own"

@@ -117,6 +117,18 @@ def test_the_table_of_verdicts_says_it_in_words():
     assert all(a["aria-label"] for a in outline.all("div") if "data-chart" in a)
 
 
+def test_a_function_class_stands_beside_the_step_and_in_words():
+    """Where the step is no class of its own, and in a report that knows of classes at all."""
+    content = made_up.normal()
+    assert "function class" not in rendered(content)[0]
+    said = {"of": "V0", "relation": "inside", "shown": "inside V0", "sentence": "V1 is a restriction of V0 <b>"}
+    content["steps"][1]["function_class"] = said
+    content["steps"][2]["function_class"] = {"of": "V2", "relation": "own", "shown": "V2", "sentence": None}
+    text = rendered(content)[0]
+    assert text.count(">function class: inside V0<") == 1 and text.count("function class:") == 1
+    assert f"{content['steps'][1]['comparison']['sentence']} V1 is a restriction of V0 &lt;b&gt;." in text.replace("&#39;", "'")
+
+
 def test_cells_say_their_state_and_reason_and_which_seed_came_later():
     text = own(rendered(made_up.large())[0])
     for _, why in made_up.STATES:
