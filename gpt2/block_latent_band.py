@@ -25,7 +25,7 @@ class LatentBandBlock(Block):
 
     def forward(self, x, cache=None, context: Context | None = None):
         handed = {} if context is None else context.handed
-        attended, latent_keys, weights = self.attn.attend(self.ln_1(x), cache, handed.get("hidden"))
+        attended, latent_keys, weights = self.attn.couple(self.ln_1(x), cache, handed.get("hidden"))
         x = x + attended
         moved, handed["hidden"] = self.mlp.couple(self.ln_2(x), latent_keys, weights, cache)
         return x + moved

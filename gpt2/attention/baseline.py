@@ -4,8 +4,8 @@
     y = softmax(q k^T / sqrt(D) + causal mask) v
     out = dropout(y W_o^T + b_o)
 
-Mechanisms that only change weights override `projection_weights` or `output_weights`; those that only change what happens
-to the attended values override `combine`. Causality and cached decoding are then inherited.
+Mechanisms that only change weights override `projection_weights` or `output_weights`, those that attend otherwise `attend`,
+and those that only change what happens to the attended values `combine`. Causality and cached decoding are then inherited.
 """
 
 import torch
@@ -69,6 +69,15 @@ class CausalSelfAttention(nn.Module):
         """Weight [n_embd, n_embd] and bias (or None) of the output projection."""
         return self.c_proj.weight, self.c_proj.bias
 
+    def attend(self, q, keys, values):
+        """Of the last T of S tokens: q [B, H, T, key_dim], keys [B, H, S, key_dim], values [B, H, S, D] -> [B, H, T, D]."""
+        T, past = q.size(2), keys.size(2) - q.size(2)
+        # With a prefix, is_causal would align the mask to the first key; the new rows belong at the end.
+        mask = causal_mask(T, past, q.device) if past and T > 1 else None
+        return F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and past == 0, scale=self.head_dim ** -0.5)
+
     def combine(self, attended, values, x):
         """What leaves the heads: attended and the values of the same positions, both [B, H, T, D]; x is the layer's input."""
         return attended
@@ -86,13 +95,7 @@ class CausalSelfAttention(nn.Module):
         parts = F.linear(x, *self.projection_weights()).split([self.n_head * self.key_dim] * 2 + [E], dim=2)
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in parts)
         keys, values = (k, v) if cache is None else cache.append(k, v)
-        past = keys.size(2) - T
-        # With a prefix, is_causal would align the mask to the first key; the new rows belong at the end.
-        mask = causal_mask(T, past, x.device) if past and T > 1 else None
-        attended = F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and past == 0, scale=self.head_dim ** -0.5)
-        y = self.combine(attended, v, x).transpose(1, 2).reshape(B, T, E)
+        y = self.combine(self.attend(q, keys, values), v, x).transpose(1, 2).reshape(B, T, E)
         return self.resid_dropout(F.linear(y, *self.output_weights()))
 
 

@@ -24,10 +24,9 @@ Source: ra-mla-kvsplice-router-fim (there no logit had a gradient, and no layer 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from gpt2.attention.baseline import CausalSelfAttention, causal_mask
+from gpt2.attention.baseline import CausalSelfAttention
 from gpt2.kv_cache import LayerCache
 from gpt2.layers import INIT_STD, residual_std
 
@@ -121,14 +120,6 @@ class DirectionAttention(CausalSelfAttention):
         """Holds what plays the key; of an undecided layer [k | q], because either may."""
         key_dim = self.head_dim if self.reciprocal is not None else 2 * self.head_dim
         return LayerCache(batch_size, self.n_head, capacity, key_dim, dtype, device, value_dim=self.head_dim)
-
-    def attend(self, queries, keys, values):
-        """SDPA of the last rows [B, H, T, D] against all keys and values [B, H, past + T, D]."""
-        T, past = queries.size(2), keys.size(2) - queries.size(2)
-        mask = causal_mask(T, past, queries.device) if past and T > 1 else None
-        return F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and past == 0)
 
     def attend_both(self, q, k, v, cache):
         """h R + (1 - h) S."""

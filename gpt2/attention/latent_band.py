@@ -84,7 +84,7 @@ class LatentBandAttention(CausalSelfAttention):
     """[B, T, n_embd] -> [B, T, n_embd]; c_attn holds W_q alone, drawn as the baseline's query rows.
 
     `window`: the largest distance i - j of the reciprocal term, None for no band. `gated_from`, `latent_from`: hidden width
-    of the MLP that gates the heads, or adds to the latent keys; 0: nothing received. `mixing`: `attend` returns the weights.
+    of the MLP that gates the heads, or adds to the latent keys; 0: nothing received. `mixing`: `couple` returns the weights.
     """
 
     def __init__(self, n_embd: int, n_head: int, latent: int, window: int | None = None, dropout: float = 0.0,
@@ -145,9 +145,9 @@ class LatentBandAttention(CausalSelfAttention):
         return cache
 
     def forward(self, x, cache: LatentCache | None = None, context=None):
-        return self.attend(x, cache)[0]
+        return self.couple(x, cache)[0]
 
-    def attend(self, x, cache: LatentCache | None = None, hidden=None):
+    def couple(self, x, cache: LatentCache | None = None, hidden=None):
         """What the layer adds, [B, T, n_embd]; its latent keys, [B, T, L]; with `mixing` the weights, averaged over heads
         and before dropout, [B, T, past + T], else None. `hidden`: features [B, T, d_ff] of the MLP before, if there is one.
         """
@@ -165,10 +165,7 @@ class LatentBandAttention(CausalSelfAttention):
             weights = self._weights(q, k, past, cache)
             y = self.attn_dropout(weights) @ v
         else:
-            weights, mask = None, causal_mask(x.size(1), past, x.device) if past and x.size(1) > 1 else None
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
-                is_causal=mask is None and past == 0)
+            weights, y = None, self.attend(q, k, v)
         if self.head_gate is not None and hidden is not None:
             gate = 2 * torch.sigmoid(self.head_gate(hidden)) - 1  # [B, T, H]
             y = y * (1 + self.coupling.share(self.gate_alpha) * gate).transpose(1, 2)[..., None]

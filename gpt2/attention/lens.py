@@ -29,10 +29,9 @@ Source: the legacy lens ablation.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from gpt2.attention.baseline import CausalSelfAttention, causal_mask
+from gpt2.attention.baseline import CausalSelfAttention
 from gpt2.kv_cache import LayerCache
 from gpt2.layers import INIT_STD, Linear, residual_std
 from gpt2.rules import resolve_size
@@ -148,10 +147,7 @@ class LensAttention(CausalSelfAttention):
         if self.transpose:
             query = torch.cat([query, keys[:, :, past:] * w["rec"][:, None, None]], -1)
             keys = torch.cat([keys, self._heads(queries)], -1)
-        mask = causal_mask(T, past, x.device) if past and T > 1 else None
-        attended = F.scaled_dot_product_attention(
-            query.to(keys.dtype), keys, values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and past == 0, scale=self.head_dim ** -0.5)
+        attended = self.attend(query.to(keys.dtype), keys, values)
         return self.resid_dropout(self.c_proj(attended.transpose(1, 2).reshape(B, T, E)))
 
     def _heads(self, t):

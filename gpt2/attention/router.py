@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt2.attention.baseline import CausalSelfAttention, causal_mask
+from gpt2.attention.baseline import CausalSelfAttention
 from gpt2.kv_cache import LayerCache
 from gpt2.layers import INIT_STD, Linear, residual_std
 from gpt2.rules import resolve_size
@@ -98,11 +98,7 @@ class RouterAttention(CausalSelfAttention):
         B, T, E = x.shape
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(E, dim=2))
         keys, values = (k, v) if cache is None else cache.append(k, v)
-        past = keys.size(2) - T
-        mask = causal_mask(T, past, x.device) if past and T > 1 else None
-        attended = F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and past == 0)
+        attended = self.attend(q, keys, values)
         weights = self.head_weights(x, x if context is None else context.embedding).to(attended.dtype)
         y = (attended * weights).transpose(1, 2).reshape(B, T, E)
         return self.resid_dropout(self.c_proj(y))

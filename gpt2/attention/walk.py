@@ -52,7 +52,6 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gpt2.attention.baseline import CausalSelfAttention, causal_mask
-from gpt2.kv_cache import LayerCache
 from gpt2.layers import INIT_STD, residual_std
 from gpt2.rules import resolve_size
 
@@ -87,13 +86,6 @@ class WalkAttention(CausalSelfAttention):
 
     def sizes(self) -> dict:
         return super().sizes() | {"walk_window": self.window, "walk_neighbours": self.neighbours}
-
-    def forward(self, x, cache: LayerCache | None = None, context=None):
-        B, T, E = x.shape
-        q, k, v = (t.view(B, T, self.n_head, self.head_dim).transpose(1, 2) for t in self.c_attn(x).split(E, dim=2))
-        keys, values = (k, v) if cache is None else cache.append(k, v)
-        y = self.attend(q, keys, values).transpose(1, 2).reshape(B, T, E)
-        return self.resid_dropout(self.c_proj(y))
 
     def attend(self, q, keys, values):
         """Of the last T of S tokens: q [B, H, T, D], keys [B, H, S, D], values [B, H, S, n] -> [B, H, T, n]."""

@@ -69,7 +69,7 @@ class LatentBandMLP(MLP):
 
     def couple(self, x, latent_keys, weights=None, cache: LatentCache | None = None):
         """What the MLP adds, [B, T, n_embd], and its hidden features, [B, T, d_ff]. `latent_keys` [B, T, L] and `weights`
-        [B, T, past + T] are those `LatentBandAttention.attend` returned for the same positions."""
+        [B, T, past + T] are those `LatentBandAttention.couple` returned for the same positions."""
         h = F.gelu(self.c_fc(x), approximate="tanh")
         if self.from_latent is not None:
             h = (h + self.coupling.share(self.exchange_alpha) * self.from_latent(latent_keys)).to(h.dtype)

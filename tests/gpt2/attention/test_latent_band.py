@@ -80,10 +80,10 @@ def test_the_formula(window, bias):
 @torch.no_grad()
 def test_the_formula_with_what_an_mlp_hands_on(window):
     module, (x, hidden) = build(window, mixing=True, **RECEIVING), inputs()
-    for found, expected in zip(module.attend(x, hidden=hidden), written_out(module, x, hidden), strict=True):
+    for found, expected in zip(module.couple(x, hidden=hidden), written_out(module, x, hidden), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     module.mixing = False
-    assert module.attend(x, hidden=hidden)[2] is None
+    assert module.couple(x, hidden=hidden)[2] is None
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def test_no_row_depends_on_a_later_token_nor_on_another_row(training, scale):
     found = []
     for a, b in ((x, hidden), (one, other)):
         torch.manual_seed(0)
-        found.append(module.attend(a, hidden=b))
+        found.append(module.couple(a, hidden=b))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a[0, :6], b[0, :6], rtol=0, atol=1e-12)
         torch.testing.assert_close(a[1], b[1], rtol=0, atol=1e-12)
@@ -128,7 +128,7 @@ def test_a_gate_is_that_of_its_own_token():
     module, (x, hidden) = build(gated_from=FF), inputs()
     other = hidden.clone()
     other[:, 4] += 3.0
-    moved = (module.attend(x, hidden=hidden)[0] - module.attend(x, hidden=other)[0]).abs().amax((0, 2))
+    moved = (module.couple(x, hidden=hidden)[0] - module.couple(x, hidden=other)[0]).abs().amax((0, 2))
     assert moved[4] > 1e-3 and moved[:4].max() == 0 and moved[5:].max() == 0
 
 
@@ -139,13 +139,13 @@ def test_alphas_of_0_and_a_scale_of_0_leave_latent_attention():
     for neutral in ("alphas", "scale"):
         module = build(mixing=True, **RECEIVING)
         assert not module.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
-        assert (module.attend(x, hidden=hidden)[0] - plain(x)).abs().max() > 1e-2
+        assert (module.couple(x, hidden=hidden)[0] - plain(x)).abs().max() > 1e-2
         if neutral == "scale":
             set_ra_mlp_coupling_scale(module, 0.0)
         else:
             for name in module.gate_parameters:
                 getattr(module, name).zero_()
-        torch.testing.assert_close(module.attend(x, hidden=hidden)[0], plain(x), rtol=0, atol=1e-12)
+        torch.testing.assert_close(module.couple(x, hidden=hidden)[0], plain(x), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("sizes", [(1,) * T, (5, 1, 1, 4), (2, 7, 2), (T,)])
@@ -154,10 +154,10 @@ def test_alphas_of_0_and_a_scale_of_0_leave_latent_attention():
 def test_decoding_in_chunks_equals_the_full_pass(window, sizes):
     module, (x, hidden) = build(window, mixing=True, **RECEIVING), inputs()
     cache = module.new_cache(2, T, x.dtype, "cpu")
-    full, at = module.attend(x, hidden=hidden), 0
+    full, at = module.couple(x, hidden=hidden), 0
     for n in sizes:
         now = slice(at, at + n)
-        part = module.attend(x[:, now], cache, hidden[:, now])
+        part = module.couple(x[:, now], cache, hidden[:, now])
         at += n
         for a, b in zip(part, (full[0][:, now], full[1][:, now], full[2][:, now, :at]), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
@@ -239,5 +239,5 @@ def test_every_entry_learns_from_the_start_on():
     module = LatentBandAttention(E, H, L, W, mixing=True, **RECEIVING)
     init_weights(module, 0)
     x, hidden = inputs(torch.float32)
-    module.attend(x, hidden=hidden)[0].square().sum().backward()
+    module.couple(x, hidden=hidden)[0].square().sum().backward()
     assert all((p.grad != 0).all() for p in module.parameters()) and module.dead_elements() == {}
