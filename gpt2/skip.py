@@ -84,6 +84,7 @@ class SkipController(nn.Module):
     def advance(self, moment) -> bool:
         """Look at the gates if it is time to; True if a path went off."""
         if moment.iteration == 0:  # a model that starts from another's keeps what is off, not how often it was looked at
+            self.looked.fill_(-1)
             self.next_look = 0
             for gate in self.gates.values():
                 gate.low.zero_()

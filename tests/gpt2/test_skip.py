@@ -193,6 +193,9 @@ def test_a_model_that_starts_from_another_looks_anew_at_what_is_not_off(build):
     child.load_state_dict(parent.state_dict())
     control, gate = child.controllers["skip"], child.transformer.h[1].mlp.skip_rec
     assert not control.advance(moment(0.0, 0)) and gate.low == 0 and not child.transformer.h[0].mlp.skip_std.on
+    again = build("M2")
+    again.load_state_dict(child.state_dict())
+    assert again.controllers["skip"].next_look == 0, "also after a stop before its first look"
     assert [control.advance(moment(0.2 + n / 100, 20 + n)) for n in range(3)] == [False, False, True] and not gate.on
 
 
