@@ -32,6 +32,14 @@ class Coupling(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         self.moved = False
 
+    def set(self, scale) -> None:
+        """Move it to a number in [0, 1], or to a tensor of shape ()."""
+        self.moved = True
+        if isinstance(scale, torch.Tensor):
+            self.scale.copy_(scale)
+        else:
+            self.scale.fill_(scale)
+
     def weight(self, w):
         """w_eff of weights that are neutral at 1."""
         return 1 + self.scale * (w - 1) if self.moved else w
@@ -48,13 +56,9 @@ class Coupling(nn.Module):
 @torch.no_grad()
 def set_ra_mlp_coupling_scale(model: nn.Module, scale) -> None:
     """Set the scale of every mechanism of `model` that has one; `scale` is a number in [0, 1] or a tensor of shape ()."""
-    couplings = [module for module in model.modules() if isinstance(module, Coupling)]
-    for coupling in couplings:
-        coupling.moved = True
-        if isinstance(scale, torch.Tensor):
-            coupling.scale.copy_(scale)
-        else:
-            coupling.scale.fill_(scale)
+    for module in model.modules():
+        if isinstance(module, Coupling):
+            module.set(scale)
 
 
 class CouplingController(nn.Module):
@@ -128,7 +132,7 @@ class CouplingController(nn.Module):
         else:
             self.scale.fill_(scale)
         for coupling in self.couplings:
-            coupling.scale.copy_(self.scale)
+            coupling.set(self.scale)
 
     def stats(self) -> dict:
         """`coupling_scale`."""

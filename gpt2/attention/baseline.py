@@ -69,6 +69,11 @@ class CausalSelfAttention(nn.Module):
         """Weight [n_embd, n_embd] and bias (or None) of the output projection."""
         return self.c_proj.weight, self.c_proj.bias
 
+    def project(self, x):
+        """Queries and keys [B, H, T, key_dim] and values [B, H, T, D] of x [B, T, n_embd]."""
+        parts = F.linear(x, *self.projection_weights()).split([self.n_head * self.key_dim] * 2 + [self.n_embd], dim=2)
+        return tuple(t.view(*x.shape[:2], self.n_head, -1).transpose(1, 2) for t in parts)
+
     def attend(self, q, keys, values):
         """Of the last T of S tokens: q [B, H, T, key_dim], keys [B, H, S, key_dim], values [B, H, S, D] -> [B, H, T, D]."""
         T, past = q.size(2), keys.size(2) - q.size(2)
@@ -92,8 +97,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache: LayerCache | None = None, context=None):
         B, T, E = x.shape
-        parts = F.linear(x, *self.projection_weights()).split([self.n_head * self.key_dim] * 2 + [E], dim=2)
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in parts)
+        q, k, v = self.project(x)
         keys, values = (k, v) if cache is None else cache.append(k, v)
         y = self.combine(self.attend(q, keys, values), v, x).transpose(1, 2).reshape(B, T, E)
         return self.resid_dropout(F.linear(y, *self.output_weights()))

@@ -133,7 +133,7 @@ class DirectionAttention(CausalSelfAttention):
 
     def forward(self, x, cache: LayerCache | None = None, context=None):
         B, T, E = x.shape
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(E, dim=2))
+        q, k, v = self.project(x)
         if self.reciprocal is None:
             attended = self.attend_both(q, k, v, cache)
         else:

@@ -96,7 +96,7 @@ class RouterAttention(CausalSelfAttention):
 
     def forward(self, x, cache: LayerCache | None = None, context=None):
         B, T, E = x.shape
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(E, dim=2))
+        q, k, v = self.project(x)
         keys, values = (k, v) if cache is None else cache.append(k, v)
         attended = self.attend(q, keys, values)
         weights = self.head_weights(x, x if context is None else context.embedding).to(attended.dtype)
