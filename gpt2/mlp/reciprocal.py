@@ -31,6 +31,27 @@ from gpt2.rules import hidden_width, resolve_size
 from gpt2.skip import SkipGate
 
 
+class GateLast(torch.autograd.Function):
+    """h [B, T, d_ff] with its last `count` features multiplied by s [B, T, 1].
+
+    One pass forward and one backward, and a gradient of s that reads those features only (autograd's own reads all d_ff).
+    """
+
+    @staticmethod
+    def forward(ctx, h, s, count: int):
+        ctx.count = count
+        ctx.save_for_backward(h[..., -count:].clone(), s)  # a view would keep all of h
+        others = torch.arange(h.size(-1), device=h.device) < h.size(-1) - count
+        return h * torch.where(others, 1.0, s).to(h.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        last, s = ctx.saved_tensors
+        # Said otherwise than in `forward`: a compiler that finds the same factor twice keeps it, at the size of h.
+        gated = torch.arange(grad.size(-1), device=grad.device) >= grad.size(-1) - ctx.count
+        return grad * torch.where(gated, s, 1.0).to(grad.dtype), (grad[..., -ctx.count:] * last).sum(-1, keepdim=True), None
+
+
 class ReciprocalMLP(MLP):
     """[B, T, n_embd] -> [B, T, n_embd]; `R_ff` reciprocal features, 1 <= R_ff < d_ff.
 
@@ -157,8 +178,8 @@ class ReciprocalMLP(MLP):
             if self.tying != "none":
                 weight, bias = torch.cat([std[0], low[0]]), None if bias is None else torch.cat([std[1], low[1]])
             h = F.gelu(F.linear(x, weight, bias), approximate="tanh")
-            if self.token_gate is not None:  # in this form its gradient touches the reciprocal features alone
-                h = h + F.pad((self.token_factor(x).to(h.dtype) - 1) * h[..., self.d_std:], (self.d_std, 0))
+            if self.token_gate is not None:
+                h = GateLast.apply(h, self.token_factor(x).to(h.dtype), self.R_ff)
             return self.dropout(F.linear(h, down, self.c_proj.bias))
         parts = []
         if self.std_on:

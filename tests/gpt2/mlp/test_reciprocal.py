@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from gpt2.attention.baseline import CausalSelfAttention
 from gpt2.layers import init_weights
 from gpt2.mlp.baseline import MLP
-from gpt2.mlp.reciprocal import ReciprocalMLP
+from gpt2.mlp.reciprocal import GateLast, ReciprocalMLP
 from gpt2.model import GPT
 from lib import optimizers
 
@@ -44,6 +44,14 @@ def test_geometric_start_and_the_older_one():
     torch.testing.assert_close(mlp.w_std, torch.tensor([(FF - R) / FF]))
     torch.testing.assert_close(mlp.w_rec, torch.tensor([R / FF]))
     torch.testing.assert_close(ReciprocalMLP(E, FF, R, gate_start=(0.9, 0.1)).w_rec, torch.tensor([0.1]))
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_gradient_of_the_gated_features(count):
+    torch.manual_seed(0)
+    h, s = (torch.randn(2, 3, n, dtype=torch.float64, requires_grad=True) for n in (7, 1))
+    assert torch.equal(GateLast.apply(h, s, count), torch.cat([h[..., :-count], h[..., -count:] * s], -1))
+    torch.autograd.gradcheck(lambda h, s: GateLast.apply(h, s, count), (h, s))
 
 
 def test_mixer_and_token_gate_start_neutral():
