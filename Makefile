@@ -37,7 +37,7 @@ export KABLATE_UNTIL := $(call on_command_line,UNTIL)
 export KABLATE_MAX_SEEDS := $(call on_command_line,MAX_SEEDS)
 export KABLATE_JOBS := $(call on_command_line,JOBS)
 export KABLATE_LOOK := $(call on_command_line,LOOK)
-$(foreach v,RETRY NAME STUDY ALL FULL A B FILE PORT FROM,$(eval export $(v) := $(call on_command_line,$(v))))
+$(foreach v,RETRY NAME STUDY ALL FULL A B FILE PORT FROM PROMPT TOKENS,$(eval export $(v) := $(call on_command_line,$(v))))
 
 STEP_GOALS := $(basename $(notdir $(wildcard gpt2/steps/*.config)))
 STEPS := $(filter $(STEP_GOALS),$(MAKECMDGOALS))
@@ -70,7 +70,7 @@ endif
 
 # make V3 runs V3; make plan V3 and make check V3 only look at it.
 .PHONY: $(STEP_GOALS)
-$(STEP_GOALS): $(if $(filter plan check report cells tune-lr bench-steps,$(MAKECMDGOALS)),,run)
+$(STEP_GOALS): $(if $(filter plan check report cells tune-lr bench-steps bench-decode sample,$(MAKECMDGOALS)),,run)
 	@:
 
 .PHONY: plan
@@ -80,6 +80,18 @@ plan: $(SETUP) ## list the study's cells, their state, and why each would run
 .PHONY: report
 report: $(SETUP) ## print the report of what is on disk and write it as md, csv, json, html and png
 	$(Q)$(PYTHON) -m scripts.report $(STEPS)
+
+.PHONY: fim
+fim: $(SETUP) ## Fisher metrics of the attention of the study's finished cells, with the spread over seeds
+	$(Q)$(PYTHON) -m scripts.fim
+
+.PHONY: frontier
+frontier: $(SETUP) ## draw validation loss against cache bytes and decoding speed (FILE=what make bench-decode kept)
+	$(Q)$(PYTHON) -m scripts.frontier
+
+.PHONY: sample
+sample: $(SETUP) ## write text with a finished cell: make sample V0 PROMPT="def main" TOKENS=200
+	$(Q)$(PYTHON) gpt2/sample.py $(STEPS)
 
 .PHONY: browse
 browse: $(SETUP) ## index the reports of all studies and serve them on this machine (PORT=8000)
@@ -156,6 +168,10 @@ bench-overhead: $(SETUP) ## seconds that each finished cell of the study spent o
 .PHONY: bench-steps
 bench-steps: $(SETUP) ## time and peak memory of a training step of every step, relative to the baseline
 	$(Q)$(PYTHON) -m scripts.bench_steps $(STEPS)
+
+.PHONY: bench-decode
+bench-decode: $(SETUP) ## time to first token, decoding speed and memory of every kind of cache (FILE=name.json keeps them)
+	$(Q)$(PYTHON) -m scripts.bench_decode $(STEPS)
 
 .PHONY: bench-stats
 bench-stats: $(SETUP) ## simulate the statistics: coverage, false wins of a study and of UNTIL=decided, seeds it saves

@@ -23,7 +23,8 @@ PLAIN_MLP = "gpt2.mlp.baseline:MLP"
 NOT_ITS_FUNCTION = (
     "ATTENTION_", "MLP_", "MODEL_", "COUPLED", "COUPLING_", "SKIP_", "RA_GATES_", "RA_GATE_", "RMLP_GATES_", "RMLP_GATE_",
     "DIRECTION_CONTROLLER", "DIRECTION_SHARE", "DIRECTION_MIN_STEPS", "DIRECTION_BALANCE", "ROUTER_PENALTY", "ROUTER_DROP",
-    "INIT_FROM_STEP", "GPT2_DROPOUT",
+    "INIT_FROM_STEP", "EVALUATE_ONLY", "GPT2_DROPOUT", "PRUNABLE", "KV_CACHE_", "KV_KEEP_PENALTY", "KVSPLICE_SAMPLES",
+    "KVSPLICE_MAX_BATCHES", "KVSPLICE_EPOCHS", "KVSPLICE_LR",
 )
 
 
@@ -46,6 +47,9 @@ def simplest(cfg) -> tuple[Config, str]:
         inside |= cfg.RA_TIED
     if cfg.ATTENTION_DIRECTION:  # the reciprocal direction is the query and key rows under each other's names
         changes |= {"ATTENTION_CLASS": PLAIN_ATTENTION, **unset(cfg, "DIRECTION_")}
+    if cfg.ATTENTION_MLA:  # rows of rank L for keys and values, with a token latent for queries, too; a splice is affine
+        changes |= {"ATTENTION_CLASS": PLAIN_ATTENTION, **unset(cfg, "MLA_"), **unset(cfg, "DIRECTION_")}
+        inside = True
     if cfg.ATTENTION_TRANSPOSE:  # the sum of its two weights is a scale of the query rows; the ratio is the lens's
         changes |= {"ATTENTION_CLASS": "gpt2.attention.lens:LensAttention", "LENS_TRANSPOSE": True}
     if cfg.ATTENTION_TIED_KV:  # the key rows once more as value rows

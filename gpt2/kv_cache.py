@@ -1,33 +1,127 @@
-"""The key/value cache of cached decoding: preallocated, batched, one pair of tensors a layer.
+"""The caches of cached decoding: preallocated, batched, one object a layer.
 
-Invariant: after `append` of n positions, `length` positions are valid and `keys[:, :, :length]` are exactly what the
-full forward pass computes for them. `nbytes()` counts the tensors that are held, not a formula.
+Invariant: after n positions were given, what the cache returns for them is exactly what the full forward pass computes.
+`nbytes()` counts the tensors that are held, not a formula. A `codec` (gpt2/kvsplice.py) stores values in fewer channels:
+`codec.compress` [..., D] -> [..., k], `codec.decompress` back, `codec.width` is k.
 """
 
 import torch
 
 
 class LayerCache:
-    """Keys [batch, heads, capacity, key_dim] and values [batch, heads, capacity, value_dim] of one layer."""
+    """Keys [batch, heads, capacity, key_dim] and values [batch, heads, capacity, value_dim, or codec.width] of one layer."""
 
-    def __init__(self, batch_size: int, n_head: int, capacity: int, key_dim: int, dtype, device, value_dim: int | None = None):
+    def __init__(self, batch_size: int, n_head: int, capacity: int, key_dim: int, dtype, device, value_dim: int | None = None,
+                 codec=None):
         shape = (batch_size, n_head, capacity)
+        value_dim = key_dim if value_dim is None else value_dim
         self.keys = torch.empty(*shape, key_dim, dtype=dtype, device=device)
-        self.values = torch.empty(*shape, key_dim if value_dim is None else value_dim, dtype=dtype, device=device)
-        self.length = 0
+        self.values = torch.empty(*shape, value_dim if codec is None else codec.width, dtype=dtype, device=device)
+        self.length, self.codec = 0, codec
 
     def append(self, keys, values):
-        """Store n more positions, [batch, heads, n, key_dim] and [..., value_dim]; returns views of all so far."""
+        """Store n more positions, [batch, heads, n, key_dim] and [..., value_dim]; returns all so far, in the type given
+        (views, where that is the cache's and there is no codec)."""
         end = self.length + keys.size(2)
         if end > self.keys.size(2):
             raise ValueError(f"the cache holds {self.keys.size(2)} positions, {end} were asked for")
         self.keys[:, :, self.length:end] = keys
-        self.values[:, :, self.length:end] = values
+        self.values[:, :, self.length:end] = values if self.codec is None else self.codec.compress(values)
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        held = self.values[:, :, :end].to(values.dtype)
+        return self.keys[:, :, :end].to(keys.dtype), held if self.codec is None else self.codec.decompress(held)
 
     def tensors(self):
         return self.keys, self.values
+
+    def payload_bytes(self) -> int:
+        """Bytes of the values alone."""
+        return nbytes(self.values)
+
+    def index_bytes(self) -> int:
+        return 0
+
+
+class TokenCache:
+    """One vector a token for all heads of a layer, [batch, capacity, width]; what it means, the attention knows."""
+
+    def __init__(self, batch_size: int, capacity: int, width: int, dtype, device):
+        self.vectors = torch.empty(batch_size, capacity, width, dtype=dtype, device=device)
+        self.length = 0
+
+    def append(self, vectors):
+        """Store n more positions, [batch, n, width]; returns all so far, in the type given (a view, where that is the
+        cache's)."""
+        end = self.length + vectors.size(1)
+        if end > self.vectors.size(1):
+            raise ValueError(f"the cache holds {self.vectors.size(1)} positions, {end} were asked for")
+        self.vectors[:, self.length:end] = vectors
+        self.length = end
+        return self.vectors[:, :end].to(vectors.dtype)
+
+    def tensors(self):
+        return (self.vectors,)
+
+
+class PrunedCache:
+    """Of a layer that drops tokens by sequence and head (gpt2/attention/pruning.py): at most `keep` slots.
+
+    values [batch, heads, slots, value_dim, or codec.width], position and importance [batch, heads, slots] of the tokens that
+    have a slot, in the order of positions, slots = min(keep, capacity); keys [batch, heads, slots, key_dim], or with
+    `values_only` those of all tokens, [batch, heads, capacity, key_dim]. `importance` holds sums over queries, not yet divided.
+    `length` tokens were given, `filled` slots are taken. Which slots go, and when, the caller says.
+    """
+
+    def __init__(self, batch_size: int, n_head: int, capacity: int, key_dim: int, dtype, device, value_dim: int | None = None,
+                 codec=None, *, keep: int, values_only: bool = False):
+        slots = (batch_size, n_head, min(keep, capacity))
+        value_dim = key_dim if value_dim is None else value_dim
+        self.keys = torch.empty(batch_size, n_head, capacity if values_only else slots[2], key_dim, dtype=dtype, device=device)
+        self.values = torch.empty(*slots, value_dim if codec is None else codec.width, dtype=dtype, device=device)
+        self.position = torch.empty(slots, dtype=position_type(capacity), device=device)
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        self.importance = torch.empty(slots, dtype=exact, device=device)
+        self.keep, self.capacity, self.values_only, self.codec = keep, capacity, values_only, codec
+        self.length = self.filled = 0
+
+    def expect(self, count: int) -> None:
+        """ValueError if there is no room for `count` more positions."""
+        if self.length + count > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} positions, {self.length + count} were asked for")
+
+    def append(self, keys, values):
+        """Store n more positions, [batch, heads, n, key_dim] and [..., value_dim], with no importance yet; returns the keys
+        held, and the values of all slots taken, in the type given. The n slots must be free."""
+        n = keys.size(2)
+        self.expect(n)
+        new, at = slice(self.filled, self.filled + n), slice(self.length, self.length + n)
+        self.keys[:, :, at if self.values_only else new] = keys
+        self.values[:, :, new] = values if self.codec is None else self.codec.compress(values)
+        self.position[:, :, new] = torch.arange(at.start, at.stop, dtype=self.position.dtype, device=keys.device)
+        self.importance[:, :, new] = 0
+        self.length, self.filled = at.stop, new.stop
+        held = self.values[:, :, :self.filled].to(values.dtype)
+        return (self.keys[:, :, :self.length if self.values_only else self.filled].to(keys.dtype),
+                held if self.codec is None else self.codec.decompress(held))
+
+    def retain(self, slots) -> None:
+        """Keep only these of the slots taken, int64 [batch, heads, n], ascending: they become the first n."""
+        n = slots.size(2)
+        for held in self.tensors()[self.values_only:]:
+            where = slots if held.ndim == 3 else slots[..., None].expand(-1, -1, -1, held.size(3))
+            held[:, :, :n] = held.gather(2, where)
+        self.filled = n
+
+    def tensors(self):
+        return self.keys, self.values, self.position, self.importance
+
+    def payload_bytes(self) -> int:
+        """Bytes of the values alone."""
+        return nbytes(self.values)
+
+    def index_bytes(self) -> int:
+        """Bytes of what says which tokens have a slot, and how important they are."""
+        return nbytes(self.position) + nbytes(self.importance)
 
 
 class NoCache:
@@ -35,6 +129,12 @@ class NoCache:
 
     def tensors(self):
         return ()
+
+    def payload_bytes(self) -> int:
+        return 0
+
+    def index_bytes(self) -> int:
+        return 0
 
 
 class KVCache:
@@ -45,4 +145,23 @@ class KVCache:
 
     def nbytes(self) -> int:
         """Bytes of all tensors held, for the whole batch and full capacity."""
-        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.tensors())
+        return sum(nbytes(t) for layer in self.layers for t in layer.tensors())
+
+
+def nbytes(t) -> int:
+    """Bytes of a tensor's elements."""
+    return t.numel() * t.element_size()
+
+
+def position_type(capacity: int):
+    """The smallest integer type for positions below `capacity`."""
+    return torch.int16 if capacity <= 2 ** 15 else torch.int32
+
+
+def savings(cache: KVCache, full: KVCache) -> dict[str, float]:
+    """By which share `cache` is smaller than `full`, a cache of keys and values of every token: of the values alone, of the
+    values with the index and the importance that pruning needs, and of all bytes. The first two count values only."""
+    values, whole = (sum(layer.payload_bytes() for layer in one.layers) for one in (cache, full))
+    index = sum(layer.index_bytes() for layer in cache.layers)
+    return {"values": 1 - values / whole, "values_and_index": 1 - (values + index) / whole,
+            "kv_cache": 1 - cache.nbytes() / full.nbytes()}

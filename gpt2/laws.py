@@ -122,7 +122,7 @@ def causality(s: Subject):
 
 def decoding(s: Subject):
     """Decoding with a cache, in chunks and single tokens, equals the full forward pass."""
-    cache, parts, at = s.model.new_cache(BATCH), [], 0
+    cache, parts, at = s.model.new_cache(BATCH, dtype=torch.float32), [], 0
     for size in (*CHUNKS, s.x.size(1) - sum(CHUNKS)):
         parts.append(s.logits(s.x[:, at:at + size], cache))
         at += size

@@ -37,6 +37,7 @@ class GPT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.block_size, self.vocab_size = cfg.GPT2_BLOCK_SIZE, cfg.VOCAB_SIZE
+        self.cache_dtype = getattr(torch, cfg.KV_CACHE_DTYPE) if cfg.KV_CACHE_DTYPE else None  # None: that of the weights
         padded = padded_vocabulary(cfg)
         block = pkgutil.resolve_name(cfg.BLOCK_CLASS)
         self.transformer = nn.ModuleDict({
@@ -55,10 +56,12 @@ class GPT(nn.Module):
         if self.transformer.wte.weight.device.type != "meta":
             init_weights(self, cell_seed(cfg))
 
-    def forward(self, idx, targets=None, cache: KVCache | None = None):
+    def forward(self, idx, targets=None, cache: KVCache | None = None, last: bool = False):
         """Logits [B, T, padded vocabulary] and the mean cross-entropy in nats (None without targets).
 
-        With a cache, `idx` continues what the cache holds. Raises ValueError beyond the context.
+        With a cache, `idx` continues what the cache holds. With `last` only the logits of the last position are computed,
+        [B, 1, padded vocabulary]: the next token of a prompt needs no others, and they are its largest tensor. Raises
+        ValueError beyond the context.
         """
         past = cache.length if cache else 0
         T = idx.size(1)
@@ -71,45 +74,46 @@ class GPT(nn.Module):
             x = block(x, cache.layers[number] if cache else None, context)
         if cache:
             cache.length += T
-        logits = self.lm_head(self.transformer.ln_f(x))
+        logits = self.lm_head(self.transformer.ln_f(x[:, -1:] if last else x))
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
         return logits, loss
 
     def new_cache(self, batch_size: int, capacity: int | None = None, dtype=None) -> KVCache:
-        """An empty cache for `batch_size` sequences of up to `capacity` (default: the context) tokens."""
+        """An empty cache for `batch_size` sequences of up to `capacity` (default: the context) tokens, of type `dtype`
+        (default: KV_CACHE_DTYPE, or that of the weights)."""
         weight = self.transformer.wte.weight
         capacity = min(capacity or self.block_size, self.block_size)
-        return KVCache([block.new_cache(batch_size, capacity, dtype or weight.dtype, weight.device)
+        return KVCache([block.new_cache(batch_size, capacity, dtype or self.cache_dtype or weight.dtype, weight.device)
                         for block in self.transformer.h])
 
-    @torch.no_grad()
     def generate(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, generator=None):
-        """Continue idx [B, T] by `max_new_tokens` sampled tokens (temperature 0: the likeliest); returns both.
+        """Continue idx [B, T] by `max_new_tokens` sampled tokens; returns both. See `stream`."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator)], 1)
 
-        Decodes with a cache. Beyond the context the window moves one token at a time and is computed anew, because
-        learned positions move with it.
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, generator=None):
+        """Yield `max_new_tokens` sampled tokens [B, 1] that continue idx [B, T], each once it is known (temperature 0: the
+        likeliest; `top_k` beyond the vocabulary is all of it).
+
+        Decodes with a cache. Of a prompt that is longer than the context only its end is read. Beyond the context the window
+        moves one token at a time and is computed anew, because learned positions move with it.
         """
         was_training = self.training
         self.eval()
-        cache, new = None, idx
-        for _ in range(max_new_tokens):
-            if cache is None or cache.length + new.size(1) > self.block_size:
-                new = idx[:, -self.block_size:]
-                cache = self.new_cache(idx.size(0))
-            logits = self(new, cache=cache)[0][:, -1, :self.vocab_size].float()
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
-            else:
-                logits = logits / temperature
-                if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, float("-inf"))
-                new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-            idx = torch.cat([idx, new], 1)
-        self.train(was_training)
-        return idx
+        try:
+            cache, new = None, idx
+            for _ in range(max_new_tokens):
+                if cache is None or cache.length + new.size(1) > self.block_size:
+                    new = idx[:, -self.block_size:]
+                    cache = self.new_cache(idx.size(0))
+                logits = self(new, cache=cache, last=True)[0][:, -1, :self.vocab_size].float()
+                new = pick(logits, temperature, top_k, generator)
+                idx = torch.cat([idx, new], 1)
+                yield new
+        finally:  # also when the reader stops early
+            self.train(was_training)
 
     def sizes(self) -> dict:
         """Integers that ratios resolved to, for metrics.json."""
@@ -125,6 +129,17 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             block.bake()
         return self
+
+
+def pick(logits, temperature: float, top_k: int | None, generator):
+    """One token a row, [B, 1], drawn from logits [B, vocabulary]."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
 def expected_parameters(cfg) -> int:

@@ -20,6 +20,32 @@ def hidden_width(cfg) -> int:
     return cfg.GPT2_MLP_EXPANSION * cfg.GPT2_N_EMBD
 
 
+def latent_width(cfg) -> int:
+    """L, the channels of a latent of MLA."""
+    return resolve_size(cfg.MLA_D_LATENT, cfg.GPT2_N_EMBD)
+
+
+def splice_width(cfg) -> int:
+    """L', the channels of a latent that the learned KVSplice has compressed."""
+    return resolve_size(cfg.MLA_KVSPLICE_D, cfg.GPT2_N_EMBD)
+
+
+def kv_block(cfg) -> int:
+    """b, the tokens of a block of KV pruning."""
+    return resolve_size(cfg.KV_BLOCK, cfg.GPT2_BLOCK_SIZE)
+
+
+def kv_keep(cfg) -> int:
+    """k, the tokens that KV pruning keeps; the context or more keeps all."""
+    return resolve_size(cfg.KV_KEEP_RATIO, cfg.GPT2_BLOCK_SIZE)
+
+
+def kvsplice_width(cfg) -> int:
+    """Channels of a stored value of one head."""
+    width = cfg.GPT2_N_EMBD // cfg.GPT2_N_HEAD
+    return resolve_size(cfg.KVSPLICE_K, width) if cfg.KVSPLICE else width
+
+
 def check(cfg) -> None:
     """Raise UserError for symbols that do not fit together."""
     heads, width = cfg.GPT2_N_HEAD, cfg.GPT2_N_EMBD
@@ -51,6 +77,15 @@ def check(cfg) -> None:
             raise UserError(f"ROUTER_RA_HEADS={cfg.ROUTER_RA_HEADS} ({count} heads) leaves none of {heads} to the full path.",
                             f"set ROUTER_RA_HEADS to at most {heads - 1}." if heads > 1 else "choose a model of two heads and "
                             "more.")
+    if cfg.MLA_D_LATENT is not None and latent_width(cfg) >= width:
+        raise UserError(f"MLA_D_LATENT={cfg.MLA_D_LATENT} ({latent_width(cfg)} channels) is not below the width {width}, so a "
+                        "layer's input would be as small a latent.",
+                        f"set MLA_D_LATENT to at most {width - 1}, or to a ratio below 1.")
+    if cfg.MLA_KVSPLICE_D is not None and splice_width(cfg) >= latent_width(cfg):
+        latent = latent_width(cfg)
+        raise UserError(f"MLA_KVSPLICE_D={cfg.MLA_KVSPLICE_D} ({splice_width(cfg)} channels) is not below the latent's {latent}"
+                        ", so nothing would be compressed.",
+                        f"set MLA_KVSPLICE_D to at most {latent - 1}." if latent > 1 else "set MLA_D_LATENT to 2 or more.")
     if cfg.ATTENTION_LENS and not (cfg.LENS_TRANSPOSE or cfg.LENS_COLUMN_BIAS):
         raise UserError("lens attention has neither LENS_TRANSPOSE nor LENS_COLUMN_BIAS, so its gates have nothing to weigh.",
                         "set one of the two, or ATTENTION_SDPA.")
@@ -60,6 +95,11 @@ def check(cfg) -> None:
     if cfg.WALK_REVERSIBLE and resolve_size(cfg.WALK_WINDOW, cfg.GPT2_BLOCK_SIZE) >= cfg.GPT2_BLOCK_SIZE:
         raise UserError(f"WALK_WINDOW={cfg.WALK_WINDOW} is the whole context, so no block of tokens has a graph before it.",
                         "set WALK_WINDOW below GPT2_BLOCK_SIZE, or to a ratio below 1.")
+    if cfg.KV_KEEP_RATIO is not None:
+        check_pruning(cfg)
+    if cfg.KVSPLICE and kvsplice_width(cfg) > width // heads:
+        raise UserError(f"KVSPLICE_K={cfg.KVSPLICE_K} is more than the head width {width // heads}.",
+                        f"set KVSPLICE_K to at most {width // heads}, or to a ratio below 1.")
     if cfg.GPT2_MIN_LR > cfg.LEARNING_RATE:
         raise UserError(f"GPT2_MIN_LR={cfg.GPT2_MIN_LR} is above LEARNING_RATE={cfg.LEARNING_RATE}.",
                         "set GPT2_MIN_LR to the rate the schedule ends at, usually a tenth of the peak.")
@@ -70,6 +110,22 @@ def check(cfg) -> None:
     if cfg.INIT_FROM_STEP and not cfg.SAVE_MODEL:
         raise UserError(f"a step starts from {cfg.INIT_FROM_STEP}'s model, but SAVE_MODEL is off.",
                         "set SAVE_MODEL=y in make menuconfig, or leave out the steps that start from another's model.")
+
+
+def check_pruning(cfg) -> None:
+    """Raise UserError for a KV pruning that cannot be: too few tokens, or a share to learn where nothing is dropped."""
+    keep, block, context = kv_keep(cfg), kv_block(cfg), cfg.GPT2_BLOCK_SIZE
+    if keep < 2 * block:
+        raise UserError(f"KV_KEEP_RATIO={cfg.KV_KEEP_RATIO} ({counted(keep)}) is below two blocks of KV_BLOCK={cfg.KV_BLOCK} "
+                        f"({counted(block)}): the latest block and the one that is being filled are always kept.",
+                        f"set KV_KEEP_RATIO to at least {2 * block}, or to a ratio of {context} that gives as many.")
+    if cfg.KV_KEEP_LEARNED and keep >= context:
+        raise UserError(f"KV_KEEP_LEARNED has nothing to learn: KV_KEEP_RATIO={cfg.KV_KEEP_RATIO} keeps the whole context of "
+                        f"{counted(context)}.", f"set KV_KEEP_RATIO to at most {context - 1}, or to a ratio below 1.")
+
+
+def counted(tokens: int) -> str:
+    return f"{tokens} token{'s' * (tokens != 1)}"
 
 
 def warnings(cfg) -> list[str]:
@@ -101,4 +157,9 @@ def warnings(cfg) -> list[str]:
     if cfg.ROUTER_DROP is not None and iterations and iterations <= cfg.GPT2_EVAL_INTERVAL:  # that of the end is late
         found.append("routing waits for an evaluation that is below the loss of the untrained model, and "
                      f"{iterations} iterations evaluated every {cfg.GPT2_EVAL_INTERVAL} have none before their end")
+    if cfg.KV_KEEP_RATIO is not None and kv_keep(cfg) >= cfg.GPT2_BLOCK_SIZE:
+        found.append(f"KV_KEEP_RATIO={cfg.KV_KEEP_RATIO} keeps the whole context of {counted(cfg.GPT2_BLOCK_SIZE)}, so no "
+                     "token is ever dropped")
+    if cfg.KVSPLICE and kvsplice_width(cfg) == cfg.GPT2_N_EMBD // cfg.GPT2_N_HEAD:
+        found.append(f"KVSPLICE_K={cfg.KVSPLICE_K} keeps every channel of a head, so a stored value is no smaller")
     return found

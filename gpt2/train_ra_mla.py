@@ -12,6 +12,7 @@ again to resume).
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from datetime import UTC, datetime
@@ -19,6 +20,8 @@ from pathlib import Path
 
 BEGUN = time.perf_counter()  # before torch is imported: all of a cell's seconds are accounted for
 ROOT = Path(__file__).resolve().parent.parent
+KVSPLICE_FLAGS = {f"--kvsplice-{name}": f"KVSPLICE_{name.upper().replace('-', '_')}"
+                  for name in ("k", "knots", "samples", "max-batches", "epochs", "lr")}
 sys.path[0] = str(ROOT)  # run as a script, Python puts gpt2/ there, and modules would be found under two names
 
 from lib.config import Resolved, Study, announce, environment_overrides  # noqa: E402
@@ -34,13 +37,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="the seed (default: the study's base seed)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to train")
     parser.add_argument("--set", action="append", default=[], metavar="SYMBOL=value", help="override a symbol")
+    parser.add_argument("--kvsplice-enable", action="store_true", help="compress values by KVSplice, fitted after training")
+    for flag, symbol in KVSPLICE_FLAGS.items():
+        parser.add_argument(flag, metavar="VALUE", help=f"{symbol}, with --kvsplice-enable")
+    parser.add_argument("--kvsplice-save", type=Path, metavar="FILE", help="copy the fit to FILE, with --kvsplice-enable")
     parser.add_argument("--dry-run", action="store_true", help="check the step on the CPU instead of training it")
     args = parser.parse_args()
     if args.cell:
         return run_cell(args.cell)
     if not args.ra_mla_ablation_step:
         raise UserError("no step was given.", "add --ra-mla-ablation-step V1 (make list-steps shows them all).")
-    study = Study(args.defconfig, overrides=by_hand_overrides(args.set, args.seed))
+    settings = args.set + kvsplice_settings(vars(args))
+    study = Study(args.defconfig, overrides=by_hand_overrides(settings, args.seed))
     announce(study)
     if args.dry_run:
         from scripts.check import check_steps
@@ -49,7 +57,24 @@ def main() -> int:
     resolved = study.resolve(args.ra_mla_ablation_step)
     if not args.out:
         raise UserError("no folder to train in was given.", "add --out FOLDER, or --dry-run to only check the step.")
-    return run_by_hand(resolved, args.ra_mla_ablation_step, args.out)
+    status = run_by_hand(resolved, args.ra_mla_ablation_step, args.out)
+    if args.kvsplice_save and status == 0:
+        from gpt2.splicing import kvsplice_file
+
+        shutil.copyfile(kvsplice_file(args.out, args.ra_mla_ablation_step), args.kvsplice_save)
+    return status
+
+
+def kvsplice_settings(flags: dict) -> list[str]:
+    """--kvsplice-* as settings of symbols."""
+    given = {flag: flags[flag.removeprefix("--").replace("-", "_")] for flag in [*KVSPLICE_FLAGS, "--kvsplice-save"]}
+    given = {flag: value for flag, value in given.items() if value is not None}
+    if not flags["kvsplice_enable"]:
+        if given:
+            raise UserError(f"{next(iter(given))} is given without --kvsplice-enable.",
+                            "add --kvsplice-enable, or leave it out.")
+        return []
+    return ["KVSPLICE=y"] + [f"{KVSPLICE_FLAGS[flag]}={value}" for flag, value in given.items() if flag in KVSPLICE_FLAGS]
 
 
 def by_hand_overrides(settings: list[str], seed: int | None) -> list[Assignment]:
@@ -98,6 +123,8 @@ def run_cell(folder: Path) -> int:
     # Imported here, so that bad input and --help do not wait for torch.
     import torch
 
+    from gpt2 import splicing
+    from gpt2.kvsplice import codec_mode
     from gpt2.model import GPT
     from lib import checkpoint, loop, optimizers, results, runtime, tracking
     from lib.data import open_corpus
@@ -108,8 +135,7 @@ def run_cell(folder: Path) -> int:
     device = runtime.setup(cfg)
     environment = runtime.environment(cfg, device)
     model = GPT(cfg)
-    if cfg.INIT_FROM_STEP:
-        load_parent(model, folder, provenance, cfg.INIT_FROM_STEP)
+    parent = load_parent(model, folder, provenance, cfg.INIT_FROM_STEP) if cfg.INIT_FROM_STEP else None
     model.to(device)
     optimizer = optimizers.build(model, cfg)
 
@@ -120,8 +146,23 @@ def run_cell(folder: Path) -> int:
     state, reason = "done", None
     progress = loop.Progress()
     clock = loop.Clock(progress, device, BEGUN)
+    if cfg.EVALUATE_ONLY:  # what was trained is the parent's
+        progress.iteration, progress.train_loss = parent["iterations"], parent["train_loss"]
+        progress.clocks["train"] = parent["train_seconds"]
+
+    def compress():
+        clock.switch("calibration")
+        found = splicing.compress(cfg, model, corpus, folder, provenance["step"], provenance["identity"]["hash"], device)
+        clock.switch("other")
+        return found
+
+    compression = compress() if cfg.KVSPLICE and parent else None
     try:
-        loop.train(cfg, model, optimizer, corpus, folder, provenance["identity"], open_log, clock, progress, stop)
+        with codec_mode(model, "splice" if parent else "off"):
+            loop.train(cfg, model, optimizer, corpus, folder, provenance["identity"], open_log, clock, progress, stop)
+        if cfg.KVSPLICE and not parent:
+            compression = compress()
+            progress.val_loss = compression["val_loss"]
     except loop.Interrupted:
         return process.EXIT_INTERRUPTED
     except loop.Diverged as error:
@@ -136,15 +177,16 @@ def run_cell(folder: Path) -> int:
     clocks, tokens = progress.clocks, progress.iteration * tokens_per_iteration(cfg)
     results.write(
         folder, provenance, state, reason, inactive=progress.inactive,
-        val_loss=progress.val_loss, val_perplexity=loop.perplexity(progress.val_loss),
+        val_loss=progress.val_loss, val_perplexity=loop.perplexity(progress.val_loss), compression=compression,
         best_val_loss=progress.best_val_loss, train_loss=progress.train_loss,
         iterations=progress.iteration, tokens=tokens,
         train_seconds=clocks["train"], tokens_per_second=tokens / clocks["train"] if clocks["train"] else None,
         budget_progress=Budget.from_config(cfg).progress(progress.iteration, clocks["train"]),
-        compile_seconds=clocks["compile"], eval_seconds=clocks["eval"], checkpoint_seconds=clocks["checkpoint"],
+        compile_seconds=clocks["compile"], eval_seconds=clocks["eval"],
+        calibration_seconds=clocks["calibration"], checkpoint_seconds=clocks["checkpoint"],
         other_seconds=clocks["other"], resumed=progress.resumed,
         parameters=sum(p.numel() for p in model.parameters()), sizes=model.sizes(),
-        kv_cache_bytes=model.new_cache(1, dtype=getattr(torch, runtime.precision(cfg, device))).nbytes(),
+        kv_cache_bytes=model.new_cache(1, dtype=model.cache_dtype or getattr(torch, runtime.precision(cfg, device))).nbytes(),
         peak_memory_bytes=max(progress.peak_memory_bytes, runtime.peak_memory_bytes(device)),
         data=corpus.record() | {"eval_hash": progress.eval_hash, "unigram_entropy": progress.unigram_entropy},
         environment=environment,
@@ -161,8 +203,9 @@ def read_provenance(folder: Path) -> dict:
         raise UserError(f"{folder}/provenance.json cannot be read: {error}.", "run the cell through make.") from None
 
 
-def load_parent(model, folder: Path, provenance: dict, step: str) -> None:
-    """Start from the trained model of `step` under the same seed; tensors it does not have keep their own start."""
+def load_parent(model, folder: Path, provenance: dict, step: str) -> dict:
+    """Start from the trained model of `step` under the same seed; tensors it does not have keep their own start. Returns the
+    parent's record."""
     from lib import checkpoint, results
 
     if not provenance["parent"]:
@@ -181,6 +224,7 @@ def load_parent(model, folder: Path, provenance: dict, step: str) -> None:
     if unexpected:
         raise UserError(f"the model of {step} does not fit this step's: {unexpected[0]}.",
                         "start from a step whose mechanisms and sizes this one keeps.")
+    return record
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ class Progress:
     loss_count: int = 0
     eval_hash: str | None = None
     unigram_entropy: float | None = None
-    clocks: dict = field(default_factory=lambda: dict.fromkeys(("train", "compile", "eval", "checkpoint", "other"), 0.0))
+    clocks: dict = field(default_factory=lambda: dict.fromkeys(
+        ("train", "compile", "eval", "calibration", "checkpoint", "other"), 0.0))
 
 
 class Clock:
@@ -109,10 +110,11 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
     budget, per_iteration = Budget.from_config(cfg), tokens_per_iteration(cfg)
     eval_set = EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, cfg.BATCH_SIZE, cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
     data = {"train_hash": corpus.train.fingerprint(), "eval_hash": eval_set.hash}
-    compiling = cfg.GPT2_COMPILE or device.type == "cuda"
+    training = budget.iterations != 0  # a cell that is only evaluated compiles nothing
+    compiling = training and (cfg.GPT2_COMPILE or device.type == "cuda")
     if (folder / "checkpoint.pt").exists():
         resume(folder, identity, data, model, optimizer, progress, device)
-    if cfg.GPT2_COMPILE:
+    if training and cfg.GPT2_COMPILE:
         model.compile(dynamic=False)
     if compiling:
         clock.switch("compile")
@@ -161,7 +163,8 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
     last_saved = time.monotonic()
     model.train()
     stop.training = True
-    clock.switch("train")
+    if training:
+        clock.switch("train")
 
     while (share := budget.progress(progress.iteration, clock.read("train"))) < 1:
         if stop.asked:

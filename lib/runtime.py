@@ -26,7 +26,9 @@ MAKES_NO_NUMBER = (
     # Plans and launches: what came of it is in the cell's configuration.
     "lib/cells.py", "lib/launch.py", "lib/plan.py", "lib/tables.py", "lib/tuning.py",
     # Judges mechanisms without training; makes data sets, which are recorded by their own hashes.
-    "gpt2/laws.py", "gpt2/function_class.py", "lib/data/prepare.py", "lib/data/shards.py",
+    "gpt2/laws.py", "gpt2/function_class.py", "gpt2/fisher.py", "lib/data/prepare.py", "lib/data/shards.py",
+    # Writes text with a trained model.
+    "gpt2/sample.py",
 )
 # The same for modules that a cell does import: where fragments lie, and how errors are worded.
 IMPORTED_BUT_MAKES_NO_NUMBER = ("lib/errors.py", "lib/steps.py")

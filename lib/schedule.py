@@ -12,19 +12,23 @@ WARMUP_SHARE = 0.1  # a warm-up of N steps ends after N steps or this share of t
 
 @dataclass(frozen=True)
 class Budget:
-    """`seconds` or `iterations` of training; exactly one is not None."""
+    """`seconds` or `iterations` of training; exactly one is not None. 0 iterations: nothing is trained."""
 
     seconds: float | None
     iterations: int | None
 
     @classmethod
     def from_config(cls, cfg) -> "Budget":
+        if cfg.EVALUATE_ONLY:
+            return cls(None, 0)
         if cfg.GPT2_MAX_TIME:
             return cls(float(cfg.GPT2_MAX_TIME), None)
         return cls(None, cfg.GPT2_MAX_ITERS or -(-cfg.GPT2_MAX_TOKENS // tokens_per_iteration(cfg)))
 
     def progress(self, iterations: int, seconds: float) -> float:
         """Share of the budget used, in [0, 1], after so many iterations and seconds of training."""
+        if self.iterations == 0:
+            return 1.0
         used = iterations / self.iterations if self.seconds is None else seconds / self.seconds
         return min(used, 1.0)
 

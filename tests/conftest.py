@@ -9,7 +9,7 @@ settings.register_profile("kablate", deadline=None, derandomize=True, database=N
 settings.load_profile("kablate")
 
 OF_THE_SHELL = ("KCONFIG_CONFIG", "RETRY", "NAME", "STUDY", "STEPS", "ALL", "FULL", "A", "B", "V", "TIME", "OUT", "SEEDS",
-                "FILE", "PORT", "FROM", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "srctree")
+                "FILE", "PORT", "FROM", "PROMPT", "TOKENS", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "srctree")
 
 
 @pytest.fixture(autouse=True)

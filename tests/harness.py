@@ -19,8 +19,9 @@ TINY = ("MODEL_TINY=y", "DATA_PYSTDLIB=y", "GPT2_MAX_ITERS=250", "DEVICE_CPU=y")
 MEASURED = {
     "val_loss": 3.0, "val_perplexity": 20.0855, "best_val_loss": 2.9, "train_loss": 2.8, "iterations": 250,
     "tokens": 256_000, "train_seconds": 20.0, "tokens_per_second": 12_800.0, "budget_progress": 1.0,
-    "compile_seconds": 0.0, "eval_seconds": 61.0, "checkpoint_seconds": 0.1, "other_seconds": 2.0, "resumed": 0,
-    "parameters": 453_632, "sizes": {}, "kv_cache_bytes": 4096, "peak_memory_bytes": 300 * 2 ** 20,
+    "compile_seconds": 0.0, "eval_seconds": 61.0, "calibration_seconds": 0.0, "checkpoint_seconds": 0.1,
+    "other_seconds": 2.0, "resumed": 0,
+    "parameters": 453_632, "sizes": {}, "kv_cache_bytes": 4096, "peak_memory_bytes": 300 * 2 ** 20, "compression": None,
     "data": {"name": "pystdlib", "tokenizer": "bytes", "train_tokens": 9_000_000, "train_hash": "fedcba9876543210",
              "eval_hash": "0123456789abcdef", "unigram_entropy": 3.25},
     "environment": {"device": "a CPU", "precision": "float32", "torch": "2.13.0", "compile": False, "threads": 1,

@@ -3,8 +3,11 @@
 import re
 
 import pytest
+import torch
 
-from lib.config import defconfig_names
+from gpt2.kv_cache import savings
+from gpt2.model import GPT
+from lib.config import defconfig_names, load
 from lib.kconfig import read_layer
 from lib.steps import step_files, step_header
 from scripts.listing import classes_of_steps
@@ -55,6 +58,20 @@ def test_defaults_are_those_of_kconfig(name, value):
     assert re.findall(r"^\tdefault (.*)$", symbol(name.strip("`")), re.M) in ([value], [f'"{value}"'])
 
 
+def test_sizes_of_caches_are_those_of_the_caches():
+    def cache(step):
+        with torch.device("meta"):
+            return GPT(load("gpt2-kv-pruning-ablation", step)).new_cache(1, dtype=torch.bfloat16)
+
+    full = cache("V0")
+    for choice, step in (("KV_PRUNING_NONE", "V0"), ("KV_PRUNING_KV", "V14"), ("KV_PRUNING_V", "V19")):
+        (row,) = (row for row in rows("choice", "what is dropped", "cache at T=1024") if row[0] == f"`{choice}`")
+        assert float(row[2].removesuffix(" MiB")) == pytest.approx(cache(step).nbytes() / 2 ** 20, abs=0.05)
+    for step, *shares in rows("step", "values", "values, index and importance", "whole KV cache"):
+        assert shares[:2] == [f"{100 * share:.1f} %" for share in list(savings(cache(step), full).values())[:2]]
+        assert shares[2] == f"{100 * savings(cache(step), full)['kv_cache']:.0f} %"
+
+
 def test_symbols_files_and_metrics_named_in_the_text_exist():
     code = set(re.findall(r"`([^`\n]+)`", PAGE))
     for name in code:
@@ -64,7 +81,7 @@ def test_symbols_files_and_metrics_named_in_the_text_exist():
             assert (ROOT / name).exists(), name
     sources = "".join(path.read_text() for path in (ROOT / "gpt2").rglob("*.py"))
     metrics = {"coupling_scale", "compute_ratio", "p_recip", "balance_loss", "p_full", "p_ra", "skip_std_attn",
-               "skip_lowrank_attn", "skip_std_mlp", "skip_rec_mlp"}
+               "skip_lowrank_attn", "skip_std_mlp", "skip_rec_mlp", "kv_keep_ratio"}
     assert metrics <= code and all(f'"{name}"' in sources for name in metrics)
 
 

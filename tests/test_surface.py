@@ -29,31 +29,35 @@ def words(text):
 
 
 GOALS = set(words("""
-run cells plan report check data tune-lr browse pack unpack
+run cells plan report fim check data tune-lr browse pack unpack
 menuconfig nconfig oldconfig olddefconfig listnewconfig savedefconfig list-defconfigs list-steps diffconfig
-setup test lint claims bench-check bench-overhead bench-stats bench-steps clean mrproper help
+setup test lint claims bench-check bench-overhead bench-stats bench-steps bench-decode frontier sample clean mrproper help
 """))
 
 STATES = {"planned", "running", "interrupted", "stale", "done", "diverged", "failed"}
 
 KEYS = words("""
 format state reason inactive study step optimizer seed identity val_loss val_perplexity best_val_loss train_loss iterations
-tokens train_seconds tokens_per_second budget_progress compile_seconds eval_seconds checkpoint_seconds other_seconds resumed
-parameters sizes kv_cache_bytes peak_memory_bytes data environment configuration started finished
+tokens train_seconds tokens_per_second budget_progress compile_seconds eval_seconds calibration_seconds
+checkpoint_seconds other_seconds resumed parameters sizes kv_cache_bytes peak_memory_bytes compression data environment
+configuration started finished
 """)
 
 # Symbols of a cell's identity: removing or renaming one, or changing its default, makes finished cells stale.
 IDENTITY = set(words("""
-ADAM_BETA1 ADAM_BETA2 AMP_BFLOAT16 AMP_FLOAT32 ATTENTION_DIRECTION ATTENTION_LATENT_BAND ATTENTION_LENS
+ADAM_BETA1 ADAM_BETA2 AMP_BFLOAT16 AMP_FLOAT32 ATTENTION_DIRECTION ATTENTION_LATENT_BAND ATTENTION_LENS ATTENTION_MLA
 ATTENTION_OUTPUT_GATE ATTENTION_ROUTER ATTENTION_SDPA ATTENTION_TIED_KV ATTENTION_TRANSPOSE ATTENTION_UNIFIED_RA
 ATTENTION_WALK BAND_CROSS_TOKEN BAND_EXCHANGE BAND_HEAD_GATES BAND_LATENT BAND_RECIPROCAL BAND_WINDOW BATCH_SIZE
 CONTEXT_CONDUCTOR CONTEXT_RANK COUPLING_DELAY COUPLING_DELAY_STEPS COUPLING_NONE COUPLING_RAMP_STEPS COUPLING_SHARE
 COUPLING_SPREAD COUPLING_TREND COUPLING_VARIANCE COUPLING_WARMUP COUPLING_WINDOW CPU_THREADS DATA_FINEWEB_EDU DATA_LOCAL
 DATA_PYSTDLIB DATA_SHAKESPEARE DATA_TINYSTORIES DEVICE_AUTO DEVICE_CPU DEVICE_CUDA DIRECTION_ALL DIRECTION_BALANCE
-DIRECTION_EARLY DIRECTION_LATE DIRECTION_LEARNED DIRECTION_MIN_STEPS DIRECTION_SHARE GATE_LR_MULT GPT2_BIAS GPT2_BLOCK_SIZE
-GPT2_COMPILE GPT2_DROPOUT GPT2_EVAL_INTERVAL GPT2_EVAL_SAMPLES GPT2_GRADIENT_ACCUMULATION GPT2_MAX_ITERS GPT2_MAX_TIME
-GPT2_MAX_TOKENS GPT2_MIN_LR GPT2_MLP_EXPANSION GPT2_N_EMBD GPT2_N_HEAD GPT2_N_LAYER GPT2_WARMUP_STEPS GRAD_CLIP
-INIT_FROM_STEP LEARNING_RATE LEARNING_RATE_MULT LENS_COLUMN_BIAS LENS_LATENT LENS_LATENT_KV LENS_ROUTE_GATE LENS_TRANSPOSE
+DIRECTION_EARLY DIRECTION_LATE DIRECTION_LEARNED DIRECTION_MIN_STEPS DIRECTION_SHARE EVALUATE_ONLY GATE_LR_MULT GPT2_BIAS
+GPT2_BLOCK_SIZE GPT2_COMPILE GPT2_DROPOUT GPT2_EVAL_INTERVAL GPT2_EVAL_SAMPLES GPT2_GRADIENT_ACCUMULATION GPT2_MAX_ITERS
+GPT2_MAX_TIME GPT2_MAX_TOKENS GPT2_MIN_LR GPT2_MLP_EXPANSION GPT2_N_EMBD GPT2_N_HEAD GPT2_N_LAYER GPT2_WARMUP_STEPS
+GRAD_CLIP INIT_FROM_STEP KVSPLICE KVSPLICE_EPOCHS KVSPLICE_K KVSPLICE_KNOTS KVSPLICE_LR KVSPLICE_MAX_BATCHES
+KVSPLICE_SAMPLES KVSPLICE_SHARED KV_BLOCK KV_CACHE_AUTO KV_CACHE_BFLOAT16 KV_CACHE_FLOAT16 KV_CACHE_FLOAT32 KV_KEEP_LEARNED
+KV_KEEP_PENALTY KV_KEEP_RATIO KV_PRUNING_KV KV_PRUNING_NONE KV_PRUNING_V LEARNING_RATE LEARNING_RATE_MULT LENS_COLUMN_BIAS
+LENS_LATENT LENS_LATENT_KV LENS_ROUTE_GATE LENS_TRANSPOSE MLA_D_LATENT MLA_KVSPLICE MLA_KVSPLICE_D MLA_TOKEN_LATENT
 MLP_CONTEXT MLP_GELU MLP_NONE MLP_RECIPROCAL MODEL_CUSTOM MODEL_GPT2 MODEL_GPT2_LARGE MODEL_GPT2_MEDIUM MODEL_GPT2_XL
 MODEL_TINY OPTIMIZER_ADAMW OPTIMIZER_ADAMWSPAM OPTIMIZER_SINKGD RA_GATES_FIXED RA_GATES_GEOMETRIC RA_PER_HEAD_GATES RA_R
 RA_SELF_RESTART RA_TIED RMLP_GATES_FIXED RMLP_GATES_GEOMETRIC RMLP_INJECTION RMLP_MIXER RMLP_R_FF RMLP_TIED_PROJ
@@ -71,7 +75,8 @@ TRACKER_WANDB TUNE_LR
 
 DERIVED = set(words("""
 ATTENTION_CLASS BLOCK_CLASS COUPLED COUPLING_CONTROLLER DATASET DEVICE DIRECTION_CONTROLLER FUNCTION_CLASS GPT2_AMP_DTYPE
-MLP_CLASS OPTIMIZER PRUNING RULES SKIP_CONTROLLER STEPS_DIR TOKENIZER TRACKER TRAINER VOCAB_SIZE WARNINGS
+KVSPLICE_CLASS KV_CACHE_DTYPE KV_PRUNING_CLASS MLP_CLASS OPTIMIZER PRUNABLE PRUNING RULES SKIP_CONTROLLER STEPS_DIR
+TOKENIZER TRACKER TRAINER VOCAB_SIZE WARNINGS
 """))
 
 
@@ -256,7 +261,13 @@ STUDIES_OF_THE_DOCUMENTS = {
         "V0 V1 V1@RA_GATES_FIXED=y V3 V3@RA_GATES_FIXED=y,RMLP_GATES_FIXED=y V13 V13@RMLP_GATES_FIXED=y",
     "gpt2-ra-ablation-cowboy": "V0 V1 V1@COUPLING_WARMUP=y V3 V3@COUPLING_WARMUP=y V13@COUPLING_NONE=y V13@COUPLING_WARMUP=y",
     "gpt2-ra-activation-ablation": "V0 V11 V12 V13 V16", "gpt2-ra-skip-ablation": "R0 R1",
-    "gpt2-r-mlp-skip-ablation": "M0 M1 M4 M5 M6", "gpt2-ra-direction-ablation": "B0 RALEARN0 RAEARLY0 RALATE0 RAALL0",
+    "gpt2-r-mlp-skip-ablation": "M0 M1 M4 M5 M6", "gpt2-r-mlp-prune": "M0 M1 M2 M3",
+    "gpt2-kv-compression-ablation": "V0 V19 C1 C2 C3", "gpt2-kv-pruning-ablation": "V0 V14 V15 V17 V18 V19",
+    "gpt2-mla-architecture-ablation": "MLA0 RAMLA0 RAMLAKV0",
+    "gpt2-kvsplice-ablation": "B0 MLA0 MLAKV0 MLA0@MLA_D_LATENT=1/6 RAMLA0 RAMLAKV0",
+    "gpt2-ramla-lr-ablation": "B0 B1 MLA0 MLA1 MLAKV0 MLAKV1 MLA0@MLA_D_LATENT=1/6 MLA1@MLA_D_LATENT=1/6 RAMLA0 RAMLA1 "
+                              "RAMLAKV0 RAMLAKV1",
+    "gpt2-ra-direction-ablation": "B0 RALEARN0 RAEARLY0 RALATE0 RAALL0",
     "gpt2-ra-baseline-vs-routing": "RT0 RT1", "gpt2-controls": "V0 A0 P0 OG0", "gpt2-lens-ablation": "L0 L1 L2 L3 L4 L5 L6 L7",
     "gpt2-rwr-ablation": "W0 W1 W2 W3", "gpt2-ratio-ablation": "V0 G1 G2N G2 G2M1 G2M2 G2M3 G2A",
     "gpt2-sinkgd-ablation": "S0 S1 S2 S3", "gpt2-kv-tying-ablation": "V0 KT1",
@@ -295,6 +306,22 @@ VARIANTS = {
     "G2M3": {"BAND_EXCHANGE": True}, "L1": {"LENS_COLUMN_BIAS": False}, "L2": {"LENS_TRANSPOSE": False},
     "L4": {"MLP_CLASS": ""}, "L5": {"LENS_ROUTE_GATE": True}, "L6": {"CONTEXT_RANK": "1/6", "LENS_LATENT": "1/6"},
     "L7": {"CONTEXT_CONDUCTOR": True},
+    "V14": {"PRUNING": "kv", "KV_KEEP_RATIO": "191/500", "KV_BLOCK": "1/16", "KV_KEEP_LEARNED": False, "RMLP_R_FF": "1/48",
+            "COUPLING_DELAY_STEPS": 75},
+    "V15": {"PRUNING": "kv", "KV_KEEP_LEARNED": True, "KV_KEEP_PENALTY": 1.0, "RMLP_R_FF": "3/8", "COUPLING_DELAY_STEPS": 75},
+    "V17": {"PRUNING": "kv", "KV_KEEP_LEARNED": False, "RMLP_R_FF": "1/48", "COUPLING_WINDOW": 50},
+    "V18": {"PRUNING": "kv", "KV_KEEP_LEARNED": True, "RMLP_R_FF": "3/8", "COUPLING_WINDOW": 50},
+    "V19": {"PRUNING": "v", "KV_KEEP_RATIO": "191/500", "KV_KEEP_LEARNED": False},
+    "M3": {"PRUNING": "kv", "KV_KEEP_LEARNED": True, "RA_R": 4, "RMLP_R_FF": "3/8", "RMLP_INJECTION": True,
+           "SKIP_GATES": True},
+    "C1": {"PRUNING": "v", "KVSPLICE_K": "1/2", "INIT_FROM_STEP": "V19", "EVALUATE_ONLY": True, "KVSPLICE_KNOTS": 7,
+           "KVSPLICE_SAMPLES": 120_000, "KVSPLICE_MAX_BATCHES": 64, "KVSPLICE_EPOCHS": 8, "KVSPLICE_LR": 0.002,
+           "KVSPLICE_SHARED": False},
+    "C2": {"KVSPLICE_K": "1/4", "INIT_FROM_STEP": "V19"}, "C3": {"KVSPLICE_K": "1/8", "INIT_FROM_STEP": "V19"},
+    "MLA0": {"MLA_D_LATENT": "1/3", "MLA_TOKEN_LATENT": False, "MLA_KVSPLICE": False},
+    "MLAKV1": {"MLA_D_LATENT": "1/3", "MLA_KVSPLICE_D": "1/6", "LEARNING_RATE_MULT": 2.0},
+    "RAMLA0": {"MLA_TOKEN_LATENT": True, "DIRECTION_LEARNED": True, "MLA_KVSPLICE": False},
+    "RAMLAKV0": {"MLA_TOKEN_LATENT": True, "DIRECTION_LEARNED": True, "MLA_KVSPLICE_D": "1/6"},
     "KT1": {"ATTENTION_TIED_KV": True}, "G1": {"ATTENTION_TRANSPOSE": True},
 }
 
@@ -323,7 +350,7 @@ def test_the_v_steps_are_the_documented_ones(step):
 
 # Name: (what it controls, what it equals in architecture, what differs from V0 in its resolved configuration)
 CONTROLS = {"A0": ("null", "V0", {"STREAMS": 1}), "P0": ("harm", "V0", {"LEARNING_RATE_MULT": 0.1}),
-            "OG0": ("gain", None, {"ATTENTION_SDPA": False, "ATTENTION_OUTPUT_GATE": True,
+            "OG0": ("gain", None, {"ATTENTION_SDPA": False, "ATTENTION_OUTPUT_GATE": True, "PRUNABLE": False,
                                    "ATTENTION_CLASS": "gpt2.attention.output_gate:OutputGateAttention"})}
 
 

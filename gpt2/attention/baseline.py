@@ -4,6 +4,9 @@
     y = softmax(q k^T / sqrt(D) + causal mask) v
     out = dropout(y W_o^T + b_o)
 
+Two parts may be put into it (gpt2/block.py does, from the configuration): `pruning`, which drops keys and values from the past
+(gpt2/attention/pruning.py), and `splice`, which compresses values (gpt2/kvsplice.py).
+
 Mechanisms that only change weights override `projection_weights` or `output_weights`, those that attend otherwise `attend`,
 and those that only change what happens to the attended values `combine`. Causality and cached decoding are then inherited.
 """
@@ -35,6 +38,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(n_embd, 3 * n_embd, bias=bias)
         self.c_proj = Linear(n_embd, n_embd, bias=bias, init_std=proj_std)
         self.resid_dropout = nn.Dropout(dropout)
+        self.pruning = self.splice = None
 
     @classmethod
     def from_config(cls, cfg, layer: int = 0):
@@ -58,8 +62,11 @@ class CausalSelfAttention(nn.Module):
         """Resolved integers, for metrics.json."""
         return {"head_dim": self.head_dim}
 
-    def new_cache(self, batch_size: int, capacity: int, dtype, device) -> LayerCache:
-        return LayerCache(batch_size, self.n_head, capacity, self.key_dim, dtype, device, value_dim=self.head_dim)
+    def new_cache(self, batch_size: int, capacity: int, dtype, device):
+        sizes = (batch_size, self.n_head, capacity, self.key_dim, dtype, device)
+        if self.pruning is not None:
+            return self.pruning.new_cache(*sizes, value_dim=self.head_dim, codec=self.splice)
+        return LayerCache(*sizes, value_dim=self.head_dim, codec=self.splice)
 
     def projection_weights(self):
         """Weight [2 n_head key_dim + n_embd, n_embd] of the fused projection, and its bias (or None)."""
@@ -98,8 +105,14 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache: LayerCache | None = None, context=None):
         B, T, E = x.shape
         q, k, v = self.project(x)
-        keys, values = (k, v) if cache is None else cache.append(k, v)
-        y = self.combine(self.attend(q, keys, values), v, x).transpose(1, 2).reshape(B, T, E)
+        if self.pruning is not None:
+            y = self.pruning(q, k, v, cache, scale=self.head_dim ** -0.5, dropout=self.dropout if self.training else 0.0,
+                             codec=self.splice)
+        elif cache is not None:
+            y = self.attend(q, *cache.append(k, v))
+        else:
+            y = self.attend(q, k, v if self.splice is None else self.splice(v))
+        y = self.combine(y, v, x).transpose(1, 2).reshape(B, T, E)
         return self.resid_dropout(F.linear(y, *self.output_weights()))
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from lib import anytime, design, stats
 from lib.arms import Group, compare, group, reference, refuse_copies
 from lib.classes import FunctionClass, function_classes
+from lib.report import compression
 from lib.tables import plural
 from lib.verdicts import Comparison
 
@@ -32,7 +33,7 @@ def content(plan) -> dict:
     order = list(dict.fromkeys([*plan.seeds, *(cell.seed for cell in plan.more)]))
     curves = {cell.name: _evaluations(plan.out / cell.name) for cell in {c.name: c for c in [*plan.cells, *plan.more]}.values()
               if plan.status[cell.name].state == "done"}
-    steps, compared = [], {}
+    steps, compared, compressed = [], {}, {}
     for cells, tuned in ((plan.common, None), (plan.tuned_cells, plan.tuned)):
         if not cells:
             continue
@@ -40,6 +41,7 @@ def content(plan) -> dict:
         comparisons = compare(plan.study, groups, order, test, comparisons=0 if tuned else design.comparisons(history))
         classes = function_classes({one.step: one.cells[0][0].resolved.config for one in groups})
         compared |= comparisons
+        compressed |= {one.name: [status.record for _, status in one.cells if status.state == "done"] for one in groups}
         steps += [_step(plan, groups, one, comparisons.get(one.name), later, test, curves, classes[one.step])
                   for one in groups]
     records = [s.record for c, s in plan.found(plan.common) if s.state == "done"]
@@ -55,7 +57,7 @@ def content(plan) -> dict:
                  "max_seeds": len(last["plan"]["seeds"]) if test == "anytime" else None,
                  "sentence": design.sentence(last["plan"]), "on_record": history == plan.recorded},
         "complete": all(cell["state"] in ("done", "diverged") for step in steps for cell in step["cells"]),
-        "steps": steps, "sweep": sweep, "noise": _noise(base, steps),
+        "steps": steps, "sweep": sweep, "compression": compression.rows(compressed, test), "noise": _noise(base, steps),
         "environment": _environment(records), "data": records[0]["data"] if records else None,
         "outside_budget": _outside_budget(records),
         "notes": _notes(plan, history, steps, compared, sweep or []),
@@ -236,8 +238,8 @@ def _environment(records: list[dict]) -> dict | None:
 
 def _outside_budget(records: list[dict]) -> dict | None:
     """Mean seconds of a finished cell by kind of work."""
-    kinds = ("train", "other", "compile", "eval", "checkpoint")
-    return {kind: fmean(r[f"{kind}_seconds"] for r in records) for kind in kinds} if records else None
+    kinds = ("train", "other", "compile", "eval", "calibration", "checkpoint")
+    return {kind: fmean(r[f"{kind}_seconds"] or 0.0 for r in records) for kind in kinds} if records else None
 
 
 def _notes(plan, history: list[dict], steps: list[dict], compared: dict[str, Comparison], sweep: list[dict]) -> list[str]:

@@ -1,5 +1,6 @@
 """The report as Markdown: what the terminal shows and report.md holds. Verdicts first, then what they rest on."""
 
+from lib.report import compression
 from lib.tables import count, duration, plural, table
 from lib.verdicts import signed
 
@@ -17,6 +18,7 @@ def render(content: dict) -> str:
                   verdict_table(tuned, _against(tuned)), sentences(tuned)]
     if content["sweep"]:
         parts.append(sweep_table(content["sweep"]))
+    parts.append(compression.markdown(content.get("compression") or []))
     parts += ["## Cells\n", step_table(content["steps"]), "\n".join(f"- {line}" for line in facts(content)) + "\n"]
     return "\n".join(part for part in parts if part)
 
@@ -101,10 +103,15 @@ def step_table(steps: list[dict]) -> str:
         state = next(iter(states)) if len(states) == 1 else ", ".join(f"{n} {s}" for s, n in states.items())
         rows.append([step["name"], _shown(mean["val_perplexity"], "{:.2f}".format), _shown(mean["tokens"], count),
                      _shown(mean["train_seconds"], duration), _shown(mean["tokens_per_second"], count),
-                     _shown(mean["parameters"], "{:,}".format),
+                     _shown(mean["parameters"], "{:,}".format), _shown(mean["kv_cache_bytes"], size),
                      _shown(mean["peak_memory_bytes"], lambda value: f"{value / 2 ** 20:.0f} MiB"), state])
-    header = ["step", "perplexity", "tokens", "training", "tokens/s", "parameters", "peak memory", "state"]
-    return table(header, rows, "lrrrrrrl")
+    header = ["step", "perplexity", "tokens", "training", "tokens/s", "parameters", "KV cache", "peak memory", "state"]
+    return table(header, rows, "lrrrrrrrl")
+
+
+def size(count: float) -> str:
+    """Bytes as KiB or MiB: '320 KiB', '14.1 MiB'."""
+    return f"{count / 2 ** 20:.1f} MiB" if count >= 2 ** 20 else f"{count / 2 ** 10:.0f} KiB"
 
 
 def _shown(value, form) -> str:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt2.kv_cache import KVCache, LayerCache, NoCache, PrunedCache, savings
 from gpt2.model import GPT
 from lib.config import load
 from tests.gpt2.conftest import STEPS
@@ -41,7 +42,8 @@ def test_bytes_are_counted_from_the_tensors(model):
     cache = model.new_cache(3, capacity=8, dtype=torch.bfloat16)
     held = [t for layer in cache.layers for t in layer.__dict__.values() if isinstance(t, torch.Tensor)]
     assert cache.nbytes() == sum(t.untyped_storage().nbytes() for t in held)
-    if type(model.transformer.h[0].attn).__name__ in ("CausalSelfAttention", "UnifiedRAttention", "WalkAttention"):
+    attention = model.transformer.h[0].attn
+    if type(attention).__name__ in ("CausalSelfAttention", "UnifiedRAttention", "WalkAttention") and not attention.pruning:
         assert cache.nbytes() == 2 * 2 * 3 * 8 * 128 * 2
 
 
@@ -51,3 +53,31 @@ def test_36_mib_at_full_size():
     assert cache.nbytes() == 36 * 2 ** 20
 
 
+@pytest.mark.parametrize("values_only", [False, True])
+def test_a_pruned_cache_holds_what_was_retained_in_order(values_only):
+    """By sequence and head; values_only leaves the keys where they are."""
+    cache = PrunedCache(2, 2, 9, 3, torch.float32, "cpu", value_dim=4, keep=5, values_only=values_only)
+    keys, values = torch.randn(2, 2, 9, 3), torch.randn(2, 2, 9, 4)
+    cache.append(keys[:, :, :5], values[:, :, :5])
+    cache.importance += torch.arange(5)
+    slots = torch.tensor([[[0, 2, 4], [1, 2, 3]], [[2, 3, 4], [0, 1, 2]]])
+    cache.retain(slots)
+    cache.append(keys[:, :, 5:7], values[:, :, 5:7])
+    where = torch.cat([slots, torch.tensor([5, 6]).expand(2, 2, 2)], 2)
+    assert cache.position.tolist() == where.tolist() and (cache.length, cache.filled) == (7, 5)
+    assert torch.equal(cache.values, values.gather(2, where[..., None].expand(-1, -1, -1, 4)))
+    assert torch.equal(cache.importance[:, :, :3], slots.float()) and not cache.importance[:, :, 3:].any()
+    if values_only:
+        assert torch.equal(cache.keys[:, :, :7], keys[:, :, :7])
+    else:
+        assert torch.equal(cache.keys, keys.gather(2, where[..., None].expand(-1, -1, -1, 3)))
+
+
+def test_bytes_of_a_pruned_cache_by_what_they_are_for():
+    cache = PrunedCache(2, 2, 9, 3, torch.bfloat16, "cpu", value_dim=4, keep=5)
+    assert (cache.payload_bytes(), cache.index_bytes()) == (4 * 5 * 4 * 2, 4 * 5 * (2 + 4))
+    full = LayerCache(2, 2, 9, 3, torch.bfloat16, "cpu", value_dim=4)
+    assert (full.payload_bytes(), full.index_bytes()) == (4 * 9 * 4 * 2, 0)
+    assert NoCache().payload_bytes() == NoCache().index_bytes() == 0
+    found = savings(KVCache([cache, NoCache()]), KVCache([full]))
+    assert found == pytest.approx({"values": 1 - 160 / 288, "values_and_index": 1 - 280 / 288, "kv_cache": 1 - 400 / 504})

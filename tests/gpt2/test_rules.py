@@ -44,6 +44,28 @@ def test_a_ratio_is_a_count_between_one_and_the_whole(ratio, whole):
      "set GPT2_MIN_LR to the rate the schedule ends at, usually a tenth of the peak."),
     ("V0", {"SPAM_WARMUP_STEPS": 500}, "SPAM_WARMUP_STEPS=500 is not below SPAM_INTERVAL=500, so the learning rate would never "
      "leave its re-warm-up.", "set it below SPAM_INTERVAL (the paper: 150 of 500)."),
+    ("MLA0", {"MLA_D_LATENT": 768}, "MLA_D_LATENT=768 (768 channels) is not below the width 768, so a layer's input would be "
+     "as small a latent.", "set MLA_D_LATENT to at most 767, or to a ratio below 1."),
+    ("RAMLA0", {"MLA_D_LATENT": "9999/10000"}, "MLA_D_LATENT=9999/10000 (768 channels) is not below the width 768, so a "
+     "layer's input would be as small a latent.", "set MLA_D_LATENT to at most 767, or to a ratio below 1."),
+    ("MLAKV0", {"MLA_KVSPLICE_D": 256}, "MLA_KVSPLICE_D=256 (256 channels) is not below the latent's 256, so nothing would "
+     "be compressed.", "set MLA_KVSPLICE_D to at most 255."),
+    ("RAMLAKV0", {"MLA_D_LATENT": "1/6"}, "MLA_KVSPLICE_D=1/6 (128 channels) is not below the latent's 128, so nothing would "
+     "be compressed.", "set MLA_KVSPLICE_D to at most 127."),
+    ("MLAKV0", {"MLA_D_LATENT": 1}, "MLA_KVSPLICE_D=1/6 (128 channels) is not below the latent's 1, so nothing would be "
+     "compressed.", "set MLA_D_LATENT to 2 or more."),
+    ("V0", {"KVSPLICE": True, "KVSPLICE_K": 65}, "KVSPLICE_K=65 is more than the head width 64.",
+     "set KVSPLICE_K to at most 64, or to a ratio below 1."),
+    ("V0", {"KVSPLICE": True, "KVSPLICE_K": 0}, "overrides: KVSPLICE_K=0 is not a ratio like 1/48 or a whole number >= 1.",
+     "give KVSPLICE_K a ratio like 1/48 or a whole number >= 1."),
+    ("V14", {"KV_KEEP_RATIO": 127}, "KV_KEEP_RATIO=127 (127 tokens) is below two blocks of KV_BLOCK=1/16 (64 tokens): the "
+     "latest block and the one that is being filled are always kept.",
+     "set KV_KEEP_RATIO to at least 128, or to a ratio of 1024 that gives as many."),
+    ("V19", {"KV_KEEP_RATIO": 1}, "KV_KEEP_RATIO=1 (1 token) is below two blocks of KV_BLOCK=1/16 (64 tokens): the latest "
+     "block and the one that is being filled are always kept.",
+     "set KV_KEEP_RATIO to at least 128, or to a ratio of 1024 that gives as many."),
+    ("V15", {"KV_KEEP_RATIO": 1024}, "KV_KEEP_LEARNED has nothing to learn: KV_KEEP_RATIO=1024 keeps the whole context of 1024 "
+     "tokens.", "set KV_KEEP_RATIO to at most 1023, or to a ratio below 1."),
     ("V1", {"INIT_FROM_STEP": "V0", "SAVE_MODEL": False}, "a step starts from V0's model, but SAVE_MODEL is off.",
      "set SAVE_MODEL=y in make menuconfig, or leave out the steps that start from another's model."),
 ])
@@ -56,6 +78,10 @@ def test_sizes_that_do_not_fit_together_are_refused(step, symbols, what, run):
     ("V0", {"SPAM_INTERVAL": 0}),  # 0 never resets, so its re-warm-up never comes
     ("V0", {"OPTIMIZER_ADAMW": True}), ("V1", {"INIT_FROM_STEP": "V0"}), ("V1", {"SAVE_MODEL": False}),
     ("V1", {"MODEL_CUSTOM": True, "GPT2_N_EMBD": 100, "GPT2_N_HEAD": 10, "RA_R": 9}),
+    ("V14", {"KV_KEEP_RATIO": 128}), ("V14", {"KV_KEEP_RATIO": 1024}), ("V15", {"KV_KEEP_RATIO": 1023}),
+    ("V19", {"KV_KEEP_RATIO": 2, "KV_BLOCK": 1}), ("V19", {"KV_KEEP_RATIO": 391, "KV_BLOCK": 100}),  # it need not divide it
+    ("V0", {"KVSPLICE": True, "KVSPLICE_K": 64}), ("V1", {"KVSPLICE": True, "KVSPLICE_K": 1}),
+    ("MLA0", {"MLA_D_LATENT": 767}), ("MLAKV0", {"MLA_KVSPLICE_D": 255}), ("MLAKV0", {"MLA_D_LATENT": 129}),
 ])
 def test_the_last_sizes_that_fit_do(step, symbols):
     cfg = load("gpt2-ra-ablation", step, symbols)
@@ -128,6 +154,20 @@ def test_the_first_budget_without_that_warning_is_the_first_whose_coupling_can_a
         for i in range(iterations):
             steers.advance(Moment(i, i / iterations, torch.tensor(3.0) if i else None))
         assert bool(warnings(cfg)) == bool(steers.inactive()) == (iterations == 4)
+
+
+def test_a_pruning_that_drops_nothing_is_said_beforehand():
+    sentence = "KV_KEEP_RATIO={} keeps the whole context of 1024 tokens, so no token is ever dropped"
+    for keep, expected in ((1023, []), (1024, [sentence.format(1024)]), (4096, [sentence.format(4096)])):
+        assert warnings(load("gpt2-ra-ablation", "V19", {"KV_KEEP_RATIO": keep, "SPAM_INTERVAL": 0})) == expected
+
+
+@pytest.mark.parametrize("k, sentences", [
+    (63, []), ("1/2", []), (64, ["KVSPLICE_K=64 keeps every channel of a head, so a stored value is no smaller"]),
+])
+def test_a_codec_that_saves_nothing_is_said_beforehand(k, sentences):
+    cfg = load("gpt2-ra-ablation", "V0", {"KVSPLICE": True, "KVSPLICE_K": k})
+    assert warnings(cfg) == sentences and warnings(cfg.replace(KVSPLICE=False)) == []
 
 
 def test_rules_and_warnings_need_no_torch():

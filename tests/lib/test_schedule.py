@@ -13,7 +13,8 @@ from lib.schedule import Budget, learning_rate, tokens_per_iteration
 def config(**values):
     return SimpleNamespace(**{"GPT2_MAX_TIME": 0, "GPT2_MAX_ITERS": 0, "GPT2_MAX_TOKENS": 0, "BATCH_SIZE": 8,
                               "GPT2_GRADIENT_ACCUMULATION": 8, "GPT2_BLOCK_SIZE": 1024, "LEARNING_RATE": 6e-4,
-                              "GPT2_MIN_LR": 6e-5, "LEARNING_RATE_MULT": 1.0, "GPT2_WARMUP_STEPS": 200} | values)
+                              "GPT2_MIN_LR": 6e-5, "LEARNING_RATE_MULT": 1.0, "GPT2_WARMUP_STEPS": 200,
+                              "EVALUATE_ONLY": False} | values)
 
 
 @pytest.mark.parametrize("values, budget", [
@@ -21,7 +22,7 @@ def config(**values):
     ({"GPT2_MAX_ITERS": 250}, Budget(None, 250)),
     ({"GPT2_MAX_TOKENS": 65536}, Budget(None, 1)),
     ({"GPT2_MAX_TOKENS": 65537}, Budget(None, 2)),  # rounded up
-    ({"GPT2_MAX_TOKENS": 1}, Budget(None, 1)),
+    ({"GPT2_MAX_TOKENS": 1}, Budget(None, 1)), ({"GPT2_MAX_TIME": 7200, "EVALUATE_ONLY": True}, Budget(None, 0)),
     ({"GPT2_MAX_TOKENS": 10 ** 15}, Budget(None, -(-10 ** 15 // 65536))),
 ])
 def test_the_budget_of_a_configuration(values, budget):
@@ -32,7 +33,8 @@ def test_the_budget_of_a_configuration(values, budget):
 @pytest.mark.parametrize("budget, iterations, seconds, progress", [
     (Budget(100.0, None), 0, 0.0, 0.0), (Budget(100.0, None), 9999, 25.0, 0.25), (Budget(100.0, None), 1, 100.0, 1.0),
     (Budget(100.0, None), 1, 250.0, 1.0), (Budget(None, 10), 0, 99.0, 0.0), (Budget(None, 10), 5, 1e9, 0.5),
-    (Budget(None, 10), 10, 0.0, 1.0), (Budget(None, 10), 11, 0.0, 1.0),
+    (Budget(None, 10), 10, 0.0, 1.0), (Budget(None, 10), 11, 0.0, 1.0), (Budget(None, 0), 0, 0.0, 1.0),
+    (Budget(None, 0), 250, 20.0, 1.0),
 ])
 def test_progress_counts_what_the_budget_is_made_of(budget, iterations, seconds, progress):
     assert budget.progress(iterations, seconds) == progress

@@ -13,7 +13,7 @@ COMPARISON = {"word": "INCONCLUSIVE", "sentence": "V1 vs V0: the sentence.", "di
               "equal_seconds": {"difference": 0.01, "low": None, "high": None, "n": 1, "at": 9.0},
               "speed": {"ratio": 0.98, "low": 0.97, "high": 0.99, "n": 5}}
 MEAN = {"val_loss": 2.44, "val_loss_sd": 0.004, "val_perplexity": 11.5, "tokens": 256_000.0, "train_seconds": 75.0,
-        "tokens_per_second": 12_800.0, "parameters": 453_632, "peak_memory_bytes": 300 * 2 ** 20}
+        "tokens_per_second": 12_800.0, "parameters": 453_632, "kv_cache_bytes": 65536, "peak_memory_bytes": 300 * 2 ** 20}
 CLASS = {"of": "V0", "relation": "equal", "shown": "V0", "sentence": "V1 is V0 in function class"}
 STEP = {"name": "V1", "mean": MEAN, "function_class": CLASS, "comparison": COMPARISON, "seeds_done": 5, "seeds_planned": 5,
         "states": {"done": 5}}
@@ -66,9 +66,9 @@ def test_the_sign_flip_test_stands_beside_a_difference(word, said):
 
 def test_the_states_of_cells():
     text = markdown.step_table([STEP | {"states": {"done": 2, "failed": 1}}, STEP | {"mean": dict.fromkeys(MEAN)}])
-    assert cells(text.splitlines()[2]) == ["V1", "11.50", "256.0 k", "1 min 15 s", "12.8 k", "453,632", "300 MiB",
-                                           "2 done, 1 failed"]
-    assert cells(text.splitlines()[3]) == ["V1", *["-"] * 6, "done"]
+    assert cells(text.splitlines()[2]) == ["V1", "11.50", "256.0 k", "1 min 15 s", "12.8 k", "453,632", "64 KiB",
+                                           "300 MiB", "2 done, 1 failed"]
+    assert cells(text.splitlines()[3]) == ["V1", *["-"] * 7, "done"]
 
 
 def test_the_sweep():

@@ -1,0 +1,42 @@
+"""KVSplice in a cell: fit it to the trained model, keep the fit in the cell's folder, and say what it costs.
+
+A cell that starts from a trained parent (INIT_FROM_STEP) fits before its first step, so that whatever it trains it trains with
+compressed values; one without a parent trains uncompressed and fits at its end. Fitting and the losses beside it have a clock
+of their own and are no part of the budget. What is used is what was read back from the file, so that the file is known to be
+good; a resumed cell reads it instead of fitting again.
+"""
+
+from pathlib import Path
+
+from gpt2 import kvsplice
+from gpt2.kvsplice_calibrator import KVSpliceCalibrator
+from lib import loop, runtime
+from lib.data import EvalSet, train_batch
+from lib.streams import cell_seed, stream_seed
+
+
+def kvsplice_file(folder: Path, step: str) -> Path:
+    """Where a cell keeps its fit."""
+    return folder / f"kvsplice_{step.replace('@', '+').replace('=', '-').replace('/', '-')}.pt"
+
+
+def compress(cfg, model, corpus, folder: Path, step: str, identity: str, device) -> dict:
+    """Fit the codecs of `model`, or take over the fit that `folder` holds. Returns metrics.json's "compression":
+
+    `val_loss_before`, `val_loss_pca` and `val_loss`, of the same weights without codec, with plain PCA of the same k, and with
+    KVSplice, in nats; `rows`, how many values of a layer it was fitted to; `layers`, the reconstruction error of each.
+    """
+    path = kvsplice_file(folder, step)
+    if not path.exists():
+        windows = (train_batch(corpus.train, stream_seed(cell_seed(cfg), "kvsplice"), number, 0, cfg.BATCH_SIZE,
+                               cfg.GPT2_BLOCK_SIZE)[0] for number in range(cfg.KVSPLICE_MAX_BATCHES))
+        with runtime.autocast(cfg, device):
+            report = KVSpliceCalibrator(cfg).fit(model, windows)
+        kvsplice.save(path, model, step=step, seed=cfg.SEED, identity=identity, report=report)
+    header = kvsplice.load(path, model, identity=identity)
+    eval_set = EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, cfg.BATCH_SIZE, cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
+    losses = {}
+    for mode, name in (("off", "val_loss_before"), ("pca", "val_loss_pca"), ("splice", "val_loss")):
+        with kvsplice.codec_mode(model, mode):
+            losses[name] = loop.evaluate(cfg, model, eval_set, device)
+    return losses | header["report"]

@@ -1,0 +1,68 @@
+"""What it costs to compress a trained model's values: cells that record "compression" hold the loss of one model three times,
+uncompressed, through their codec (the result of the cell), and through plain PCA of the same width.
+
+All three are of the same weights and the same evaluation set, so differences are paired by seed with nothing else between
+them. Which of the two codecs loses less is a family of its own, one comparison a step, under Holm's correction.
+"""
+
+from statistics import fmean
+
+from lib import anytime, stats
+from lib.design import ERROR_RATE
+from lib.tables import table
+from lib.verdicts import signed
+
+FEWEST_SEEDS = 3  # as for a verdict
+
+
+def rows(records_by_step: dict[str, list[dict]], test: str) -> list[dict]:
+    """One row a step that has such records: mean loss before, three paired differences with their 95 % intervals (after PCA
+    and after the codec, each to before; codec to PCA), which of the two wins, and the mean relative error of the values."""
+    estimator = anytime.estimate if test == "anytime" else stats.paired
+    found = []
+    for name, records in records_by_step.items():
+        known = [record["compression"] for record in records if record["compression"]]
+        if known:
+            before, pca, after = ([one[key] for one in known] for key in ("val_loss_before", "val_loss_pca", "val_loss"))
+            found.append({
+                "name": name, "n": len(known), "before": fmean(before), "pca": _difference(estimator, pca, before),
+                "codec": _difference(estimator, after, before), "gain": _difference(estimator, after, pca),
+                **{key: _mean(layer[key] for one in known for layer in one["layers"]) for key in ("error", "error_pca")}})
+    corrected = stats.holm([row["gain"]["p"] if row["n"] >= FEWEST_SEEDS else None for row in found])
+    for row, p in zip(found, corrected, strict=True):
+        ahead = "codec" if row["gain"]["difference"] < 0 else "PCA"
+        row |= {"p_holm": p, "wins": None if p is None else ahead if p < ERROR_RATE else "neither"}
+    return found
+
+
+def _mean(values) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _difference(estimator, arm: list[float], reference: list[float]) -> dict:
+    e = estimator([a - b for a, b in zip(arm, reference, strict=True)])
+    return {"difference": e.difference, "low": e.low, "high": e.high, "p": e.p}
+
+
+HEADER = ["step", "seeds", "loss before", "through plain PCA", "through the codec", "codec to PCA", "loses less",
+          "error of values, PCA", "codec"]
+
+
+def cells(row: dict) -> list[str]:
+    """A row as text, in the order of HEADER."""
+    return [row["name"], str(row["n"]), f"{row['before']:.4f}", _shown(row["pca"]), _shown(row["codec"]), _shown(row["gain"]),
+            row["wins"] or f"fewer than {FEWEST_SEEDS} seeds",
+            *("-" if row[key] is None else f"{100 * row[key]:.1f} %" for key in ("error_pca", "error"))]
+
+
+def _shown(e: dict) -> str:
+    return signed(e["difference"]) + (f" ({signed(e['low'])}..{signed(e['high'])})" if e["low"] is not None else "")
+
+
+def markdown(found: list[dict]) -> str:
+    """The section of report.md; "" without rows."""
+    if not found:
+        return ""
+    return ("## Compressed values\n\nThe same trained model before and after; differences in nats, paired by seed (95 %).\n\n"
+            + table(HEADER, [cells(row) for row in found], "lrrrrrlrr"))

@@ -1,0 +1,445 @@
+"""Speed and memory of decoding with a cache, of steps whose caches differ, beside the study's baseline in one run.
+
+Of every step, context and batch: the seconds to the first token of a prompt of the context's length, the tokens of one
+sequence times the batch that are decoded in a second, the bytes of the cache that is allocated, and the peak of memory.
+
+First token: the whole prompt goes through the model into an empty cache, only the last position's logits are computed and the
+likeliest token is picked; eager. Decoding: one token through the model into the filled cache, and the likeliest token picked.
+On a GPU that one step is captured as a CUDA graph and replayed: a step at the *last* position of the context, with a cache that
+is full but for it, again and again into the same slot. A cache that evicts does so at the beginning of a block of tokens, so
+the step that is timed evicts nothing; --eager times a loop from Python instead (the default on the CPU), over the last tokens
+of the context one after the other, evictions and the launches of every kernel with them. --compile compiles the step that is
+captured, not the prompt. Weights are random numbers with the gates folded in (bake), bfloat16 on a GPU, float32 on the CPU.
+
+Each measurement is repeated and stands between two of the baseline (A B A B ... A): the median over rounds, with the smallest
+and the largest; `speed` is the median ratio of tokens/s to the two baseline blocks beside it. The baseline's own rows are a
+second model of the baseline, so they show the noise.
+
+The floor is the least time in which the bytes that a step cannot avoid go through memory: every parameter once (of the
+embeddings one row a sequence and one position; the tied head is the whole matrix), each allocated byte of the cache once (all
+of it is read, but for the new entry, which is written) over the bandwidth of a large copy on the same device, bytes read plus
+bytes written (on a CPU, where a copy also reads what it overwrites, of a large sum if that is more). `of the floor` is that
+time over the measured one. A model that fits into the processor's caches (any tiny one) is not bound by it, and a machine that
+is shared with others has no constant one; otherwise nothing honest is above 100 %.
+
+Memory on a GPU: the most that was allocated with this model and cache, without the baseline's beside it. On the CPU it is
+counted from the tensors that live at once.
+
+A context beyond the study's GPT2_BLOCK_SIZE is measured on a model of that size, whose ratios are taken of it. Without steps
+on the command line the first step of every kind of cache is taken. Rows are printed, and --out is written, as they are known.
+--show prints such files again.
+"""
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+import weakref
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gpt2.model import GPT
+from lib import atomic, runtime
+from lib.cells import baseline
+from lib.config import Study, parse_step
+from lib.errors import UserError, reported
+from lib.kconfig import Assignment
+from lib.steps import step_files, step_path
+from lib.tables import table, table_head, table_row
+
+FORMAT = 1
+HEADER = ["step", "context", "batch", "first token, ms", "tokens/s", "min .. max", "speed", "cache, MiB", "cache",
+          "peak, MiB: prompt", "decoding", "of the floor", "note"]
+RIGHT = "lrrrrrrrrrrrl"
+WARMUP = 3  # steps before a capture, as torch asks for
+# The first compiled step, read as matrix times vector, is then one kernel with what follows it.
+COMPILE_OPTIONS = {"coordinate_descent_tuning": True}
+
+
+class Subject:
+    """A model with a cache for `batch` sequences of `context` tokens. `tokens` [batch, context] are the same for every one."""
+
+    def __init__(self, model: GPT, batch: int, context: int, steps: int, eager: bool, compiled: bool):
+        self.model, self.batch, self.context, self.eager = model, batch, context, eager
+        self.device = model.transformer.wte.weight.device
+        self.forward = torch.compile(model, dynamic=False, options=COMPILE_OPTIONS) if compiled else model
+        # A graph holds one position; a loop goes over the last ones, and leaves a prompt of one token at least.
+        self.steps, self.positions = steps, min(steps, context - 1) if eager else 1
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(model.vocab_size, (batch, context), generator=generator).to(self.device)
+        self.token = self.tokens[:, -1:].clone()
+        self.cache = self.start = self.graph = None
+
+    def empty(self) -> None:
+        self.cache = self.start = self.graph = None  # gone before their successors are allocated
+        self.cache = self.model.new_cache(self.batch, self.context)
+
+    def prompt(self) -> float:
+        """Seconds to the first token after a prompt of the context's length."""
+        self.empty()
+        runtime.synchronize(self.device)
+        begun = time.perf_counter()
+        self.picked(self.model(self.tokens, cache=self.cache, last=True)[0])
+        runtime.synchronize(self.device)
+        return time.perf_counter() - begun
+
+    def fill(self) -> None:
+        """Fill a new cache up to the first position that is decoded."""
+        self.empty()
+        self.model(self.tokens[:, :self.context - self.positions], cache=self.cache, last=True)
+        self.start = Rewind(self.cache, contents=self.eager)
+
+    def picked(self, logits):
+        return logits[:, -1:, :self.model.vocab_size].argmax(-1)
+
+    def step(self) -> None:
+        self.token.copy_(self.picked(self.forward(self.token, cache=self.cache)[0]))
+
+    def prepare(self) -> None:
+        """Compile and warm up; on a GPU capture the step. The cache's position is a Python number, so every replay decodes the
+        same one."""
+        if self.eager:
+            self.block()
+            return
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUP):
+                self.start.back()
+                self.step()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self.start.back()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.step()
+        self.block()
+
+    def block(self) -> float:
+        """Seconds of one decoded token a sequence, the mean over a block of them."""
+        if self.eager:
+            self.start.back()
+        runtime.synchronize(self.device)
+        begun = time.perf_counter()
+        for _ in range(self.positions if self.eager else self.steps):
+            self.step() if self.eager else self.graph.replay()
+        runtime.synchronize(self.device)
+        return (time.perf_counter() - begun) / (self.positions if self.eager else self.steps)
+
+    def peaks(self) -> tuple[int, int]:
+        """Most bytes at once, of parameters, cache and what lives between them: in the prompt, and in decoding a token."""
+        own = held_bytes([*self.model.parameters(), *self.model.buffers(), self.tokens, self.token])
+        prompt = peak_bytes(self.device, self.prompt)
+        self.fill()
+        held = held_bytes(t for layer in self.cache.layers for t in layer.tensors())
+        decoding = peak_bytes(self.device, lambda: self.picked(self.model(self.token, cache=self.cache)[0]))
+        return own + prompt, own + held + decoding
+
+
+class Rewind:
+    """The state of a cache, to be put back: the attributes of the cache and of its layers, with `contents` their tensors'
+    numbers too, so that what was evicted is there again."""
+
+    def __init__(self, cache, contents: bool):
+        self.attributes = [(thing, dict(vars(thing))) for thing in (cache, *cache.layers)]
+        self.contents = [(t, t.clone()) for layer in cache.layers for t in layer.tensors()] if contents else []
+
+    def back(self) -> None:
+        for thing, values in self.attributes:
+            vars(thing).clear()
+            vars(thing).update(values)
+        for tensor, kept in self.contents:
+            tensor.copy_(kept)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of tensors that are made inside and still live, `now`, and the most there were, `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        found = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                where = storage._cdata
+                if where not in self.known and where not in given:  # no view, and nothing written into
+                    self.known[where] = storage.nbytes()
+                    self.now += self.known[where]
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.forget, where)
+        return found
+
+    def forget(self, where: int) -> None:
+        self.now -= self.known.pop(where)
+
+
+def peak_bytes(device, call) -> int:
+    """Most bytes that `call` held at once beyond what was allocated before it."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with Live() as live:
+        call()
+    return live.peak
+
+
+def held_bytes(tensors) -> int:
+    """Bytes of what tensors lie in, each storage once."""
+    return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+
+def moved_bytes(model: GPT, batch: int, cache_bytes: int) -> int:
+    """Bytes that a decoding step cannot avoid to move, at the last position of a cache of `cache_bytes` (of all sequences)."""
+    token, position = model.transformer.wte.weight, model.transformer.wpe.weight
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters()) - position.numel() * position.element_size()
+    rows = batch * token.size(1) * token.element_size() + position.size(1) * position.element_size()
+    return parameters + rows + cache_bytes
+
+
+def floor_share(moved: float, bandwidth: float, seconds: float) -> float:
+    """The least time for so many bytes, over the measured one."""
+    return moved / bandwidth / seconds
+
+
+def bandwidth_of(device, megabytes: int, rounds: int = 9) -> float:
+    """Bytes a second that a large copy on the device reads and writes, the median of `rounds`; on a CPU those that a large sum
+    reads, if they are more."""
+    source = torch.ones(megabytes * 2 ** 18, device=device)
+    target = torch.empty_like(source)
+
+    def rate(number: int, call) -> float:
+        call()
+        found = []
+        for _ in range(rounds):
+            runtime.synchronize(device)
+            begun = time.perf_counter()
+            call()
+            runtime.synchronize(device)
+            found.append(number / (time.perf_counter() - begun))
+        return median(found)
+
+    size = megabytes * 2 ** 20
+    copied = rate(2 * size, lambda: target.copy_(source))
+    return copied if device.type == "cuda" else max(copied, rate(size, source.sum))
+
+
+def build(cfg, device, dtype) -> GPT:
+    """The model of a configuration as it is for inference."""
+    return GPT(cfg).eval().bake().requires_grad_(False).to(device, dtype)
+
+
+def spread(name: str, values: list[float]) -> dict:
+    return {name: median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+
+
+@torch.no_grad()
+def measure(model: GPT, first: GPT, batch: int, context: int, rounds: int, bandwidth: float, options: dict) -> dict:
+    """The numbers of a model at one context and batch, beside those of the baseline's model `first`."""
+    own, beside = (Subject(one, batch, context, **options) for one in (model, first))
+    peaks = own.peaks()
+    # Prompts first: they fill the caches anew.
+    for subject in (own, beside):
+        subject.prompt()
+    waits, base_waits = [], [beside.prompt()]
+    for _ in range(rounds):
+        waits.append(own.prompt())
+        base_waits.append(beside.prompt())
+    for subject in (own, beside):
+        subject.fill()
+        subject.prepare()
+    times, base_times = [], [beside.block()]
+    for _ in range(rounds):
+        times.append(own.block())
+        base_times.append(beside.block())
+    ratios = [mean(pair) / t for t, pair in zip(times, zip(base_times, base_times[1:], strict=False), strict=True)]
+    cache = own.cache.nbytes()
+    # In a loop the cache is filled from position to position; what an evicting one has not filled yet is counted as filled.
+    moved = moved_bytes(model, batch, round(cache * (1 - (own.positions - 1) / (2 * context))))
+    return {**spread("first_token_seconds", waits), "baseline_first_token_seconds": median(base_waits),
+            **spread("tokens_per_second", [batch / t for t in times]), "baseline_tokens_per_second": batch / median(base_times),
+            **spread("speed", ratios), "cache_bytes": cache, "cache": cache / beside.cache.nbytes(),
+            "peak_prompt_bytes": peaks[0], "peak_decoding_bytes": peaks[1], "moved_bytes": moved,
+            "floor_share": floor_share(moved, bandwidth, median(times)),
+            "parameters": sum(p.numel() for p in model.parameters())}
+
+
+NAMES = ("first_token_seconds", "tokens_per_second", "speed")
+EMPTY = dict.fromkeys([f"{name}{end}" for name in NAMES for end in ("", "_min", "_max")] + [
+    "baseline_first_token_seconds", "baseline_tokens_per_second", "cache_bytes", "cache", "peak_prompt_bytes",
+    "peak_decoding_bytes", "moved_bytes", "floor_share", "parameters", "error"])
+
+
+def attempt(call, batch: int | None = None):
+    """(what `call` returns, None), or (None, why it failed): a step that does not run is a row."""
+    try:
+        return call(), None
+    except UserError as error:
+        return None, error.what
+    except torch.OutOfMemoryError:
+        return None, "out of memory" + (f" at a batch of {batch}" if batch else "")
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        return None, f"{type(error).__name__}: {lines[0][:150] if lines else 'without a word'}"
+
+
+def release(device) -> None:
+    gc.collect()  # a compiled model refers to itself
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def line(row: dict) -> list[str]:
+    """A row for people."""
+    where = [row["step"], str(row["context"]), str(row["batch"] or "")]
+    if row["error"]:
+        return [*where, *[""] * 9, row["error"]]
+    return [*where, f"{1e3 * row['first_token_seconds']:.1f}", f"{row['tokens_per_second']:,.0f}",
+            f"{row['tokens_per_second_min']:,.0f} .. {row['tokens_per_second_max']:,.0f}", f"{row['speed']:.3f}",
+            f"{row['cache_bytes'] / 2 ** 20:.2f}", f"{row['cache']:.3f}", f"{row['peak_prompt_bytes'] / 2 ** 20:.1f}",
+            f"{row['peak_decoding_bytes'] / 2 ** 20:.1f}", f"{100 * row['floor_share']:.1f} %", ""]
+
+
+def show(path: Path) -> str:
+    """What a file written by --out holds, as Markdown."""
+    record = json.loads(path.read_text())
+    where, rows = record["environment"], [line(row) for row in record["rows"]]
+    how = ("an eager loop of" if record["eager"] else "replays of one captured step:") + f" {record['steps']}"
+    compiled = ", the step compiled" if record["compiled"] else ""
+    return (f"### {path.stem}\n\n{where['device']}, torch {where['torch']}, {record['dtype']}; {record['study']}, {how} tokens "
+            f"a block{compiled}, {record['rounds']} rounds; memory moves {record['bandwidth'] / 1e9:,.1f} GB/s; relative to "
+            f"{record['baseline']}.\n\n" + table(HEADER, rows, RIGHT))
+
+
+def kinds_of_caches(study: Study, first: str) -> list[str]:
+    """The first step of every kind of cache there is, `first` before all: kinds differ in classes, shapes or types."""
+    found = {}
+    for step in [first, *step_files(study.config.STEPS_DIR)]:
+        try:
+            with torch.device("meta"):
+                cache = GPT(study.resolve(step).config).new_cache(1, dtype=torch.bfloat16)
+            kind = tuple((type(layer), *((t.shape, t.dtype) for t in layer.tensors())) for layer in cache.layers)
+        except UserError:  # it does not fit this study
+            continue
+        except Exception:  # it is broken, which its row will say
+            kind = step
+        found.setdefault(kind, step)
+    return list(found.values())
+
+
+def sized(study: Study, step: str, context: int):
+    """The step's configuration, of the study's own block size where the context fits into it."""
+    cfg = study.resolve(step).config
+    if context <= cfg.GPT2_BLOCK_SIZE:
+        return cfg
+    return study.resolve(step, overrides=[*study.overrides, Assignment("GPT2_BLOCK_SIZE", str(context), "--context")]).config
+
+
+def bench(study: Study, steps: list[str], contexts: list[int], batches: list[int], rounds: int, tokens: int | None,
+          eager: bool, compiled: bool, out: Path | None) -> None:
+    """Measure `steps`, and the baseline before them; print a row for each, and keep them in `out`."""
+    name = baseline(study)
+    cfg = study.resolve(name).config
+    device = runtime.setup(cfg)
+    gpu = device.type == "cuda"
+    eager, dtype = eager or not gpu, torch.bfloat16 if gpu else torch.float32
+    if eager and compiled:  # the position is a Python number, so every token of a loop would be compiled anew
+        raise UserError("--compile makes a program of one position, and a loop goes over many.",
+                        "compile only what is captured: on a GPU, without --eager.")
+    contexts = contexts or sorted({*((128, 1024, 4096) if gpu else (min(128, cfg.GPT2_BLOCK_SIZE),)), cfg.GPT2_BLOCK_SIZE})
+    batches = batches or ([1, 16, 64] if gpu else [1, 16])
+    options = {"steps": tokens or (100 if gpu else 16), "eager": eager, "compiled": compiled}
+    steps = list(dict.fromkeys([name, *(steps or kinds_of_caches(study, name))]))
+    if compiled:  # a program for every model, context and batch
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10 ** 6
+    begun = time.monotonic()
+
+    def say(what: str) -> None:
+        print(f"{time.monotonic() - begun:6.0f} s  {what}", file=sys.stderr, flush=True)
+
+    environment = {k: v for k, v in runtime.environment(cfg, device).items() if k != "sources"}
+    bandwidth = bandwidth_of(device, 1024 if gpu else 256)
+    record = {"format": FORMAT, "study": study.name, "baseline": name, "contexts": contexts, "batches": batches,
+              "rounds": rounds, **options, "dtype": str(dtype).removeprefix("torch."), "bandwidth": bandwidth,
+              "environment": environment, "rows": []}
+    say(f"{environment['device']}, torch {torch.__version__}, {record['dtype']}: memory moves {bandwidth / 1e9:.1f} GB/s")
+    widths = [max(map(len, ["step", *steps])), 7, 5, 15, 9, 18, 6, 10, 6, 17, 9, 12, 4]
+    print(table_head(HEADER, widths, RIGHT), end="", flush=True)
+
+    def keep(row: dict) -> None:
+        record["rows"].append(row)
+        print(table_row(line(row), widths, RIGHT), end="", flush=True)
+        if out:
+            atomic.write_json(out, record)
+
+    known: dict[int, GPT] = {}  # the baseline's model of the block size in hand
+    for context in contexts:
+        size = max(context, cfg.GPT2_BLOCK_SIZE)
+        if size not in known:
+            known.clear()
+            release(device)
+            known[size], failure = attempt(lambda c=context: build(sized(study, name, c), device, dtype))
+            if failure:
+                raise UserError(f"the baseline {name} does not run at a context of {context} ({failure}).",
+                                "leave the context out with --context.")
+        for number, step in enumerate(steps, 1):
+            say(f"context {context}, {number} of {len(steps)}: {step}")
+            model, failure = attempt(lambda s=step, c=context: build(sized(study, s, c), device, dtype))
+            for batch in batches if model else [None]:
+                row = {"step": step, "context": context, "batch": batch} | EMPTY
+                if model:
+                    measured, failure = attempt(lambda m=model, b=batch, c=context, s=size: measure(
+                        m, known[s], b, c, rounds, bandwidth, options), batch)
+                keep(row | (measured if model and measured else {"error": failure}))
+                release(device)
+            del model
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.bench_decode", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="*", help="V1 or V1@RA_R=8 (default: the first step of every kind of cache)")
+    parser.add_argument("--study", default=os.environ.get("STUDY"),
+                        help="whose sizes and baseline (default: gpt2-ra-ablation on a GPU, gpt2-ra-ablation+tiny without one)")
+    parser.add_argument("--context", type=int, nargs="+", default=[], metavar="TOKENS",
+                        help="lengths of prompts and caches (default: 128 and the study's; on a GPU 1024 and 4096 too)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[], metavar="SEQUENCES",
+                        help="sequences decoded at once (default: 1 16; on a GPU 64 too)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each step (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, help="tokens decoded in one of them (default: 16; on a GPU 100)")
+    parser.add_argument("--eager", action="store_true", help="on a GPU: a loop from Python instead of a captured step")
+    parser.add_argument("--compile", action="store_true", help="on a GPU: compile the step before it is captured")
+    parser.add_argument("--out", type=Path, default=os.environ.get("FILE") or None, metavar="FILE.json",
+                        help="keep the rows there")
+    parser.add_argument("--show", type=Path, nargs="+", metavar="FILE.json", help="measure nothing, print what these hold")
+    args = parser.parse_args(arguments)
+    if args.show:
+        print("\n".join(show(path) for path in args.show), end="")
+        return
+    for option, least in (("context", 2), ("batch", 1), ("rounds", 1), ("tokens", 1)):
+        given = getattr(args, option)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value < least:
+                raise UserError(f"--{option} {value} is below {least}.", "leave it out for the default.")
+    if args.out and not args.out.parent.is_dir():
+        raise UserError(f"there is no folder {args.out.parent}.", "create it first.")
+    study = Study(args.study or ("gpt2-ra-ablation" if torch.cuda.is_available() else "gpt2-ra-ablation+tiny"))
+    for step in args.steps:  # a slip of the pen ends it at once; a step that does not fit this study is a row
+        step_path(parse_step(step)[0], study.config.STEPS_DIR)
+    bench(study, args.steps, sorted(set(args.context)), sorted(set(args.batch)), args.rounds, args.tokens, args.eager,
+          args.compile, args.out)
+
+
+if __name__ == "__main__":
+    with reported():
+        main()

@@ -1,0 +1,94 @@
+"""Draw the validation loss of a study's steps against the bytes of their caches and their decoding speed.
+
+Reads the finished cells of a results folder (default: the configured study's) and what `make bench-decode FILE=...` kept of the
+same steps at the same sizes, and writes frontier.md and frontier.png into the folder. Every finished cell with a cache takes
+part; a step whose speed was not measured, or at other sizes, stands in the panel of bytes only. A cell whose mechanism never
+acted within its budget is left out.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from lib import atomic, results
+from lib.errors import UserError, reported
+from lib.paths import shown
+
+
+def finished_cells(folder: Path | None) -> tuple[str, Path, list[dict]]:
+    """(name of the study, its folder, the records of its finished cells), of a folder or of the configured study."""
+    if folder:
+        found = [results.read(path) for path in sorted(folder.glob("test_*"))]
+        records = [r for r in found if r and r["state"] == "done"]
+        return (records[0]["study"] if records else folder.name), folder, records
+    from lib.plan import Plan
+    from scripts.plan import options_from_environment
+
+    plan = Plan(options_from_environment())
+    found = [status for _, status in plan.found(plan.common)]
+    return plan.study.name, plan.out, [status.record for status in found if status.state == "done"]
+
+
+def read_decode(path: Path) -> dict:
+    """What bench-decode kept."""
+    again = "make bench-decode FILE=name.json writes one."
+    try:
+        record = json.loads(path.read_text())
+        known = record["format"] == 1 and all({"step", "context", "batch", "error"} <= row.keys() for row in record["rows"])
+        measured = {"device", "torch"} <= record["environment"].keys() and "batches" in record
+    except FileNotFoundError:
+        raise UserError(f"there is no {shown(path)}.", again) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{shown(path)} cannot be read: {type(error).__name__}: {error}.", again) from None
+    if not (known and measured):
+        raise UserError(f"{shown(path)} is not of make bench-decode.", again)
+    return record
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.frontier", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="a results folder (default: the configured study's)")
+    parser.add_argument("--decode", type=Path, default=os.environ.get("FILE") or None, metavar="FILE.json",
+                        help="what make bench-decode kept (default: FILE of the environment)")
+    parser.add_argument("--batch", type=int, help="which batch's speed (default: the largest that was measured)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: the results folder)")
+    args = parser.parse_args(arguments)
+    if not args.decode:
+        raise UserError("no decoding speeds were given.", "make frontier FILE=name.json, which make bench-decode has written.")
+    decode = read_decode(args.decode)
+    if args.folder and not args.folder.is_dir():
+        raise UserError(f"there is no folder {shown(args.folder)}.", "give a study's folder of results.")
+    study, folder, records = finished_cells(args.folder)
+    records = [r for r in records if r["kv_cache_bytes"] and not r["inactive"]]
+    if not records:
+        raise UserError(f"{shown(folder)} has no finished cell that can be compared.", "make, then make frontier.")
+    batch = args.batch or max(decode["batches"])
+    if batch not in decode["batches"]:
+        raise UserError(f"{shown(args.decode)} has no batch of {batch}.",
+                        f"give one of {', '.join(map(str, decode['batches']))}.")
+    out = args.out or folder
+    if not out.is_dir():
+        raise UserError(f"there is no folder {shown(out)}.", "create it first.")
+    try:
+        from lib.report import charts, frontier
+
+        found = frontier.points(records, decode, batch)
+        context = records[0]["configuration"]["GPT2_BLOCK_SIZE"]
+        where = (f"Speed: batch {batch}, context {context}, {decode['environment']['device']}, torch "
+                 f"{decode['environment']['torch']}, {decode['dtype']}.")
+        text, picture = frontier.markdown(found, where), charts.png(frontier.chart(found, study, where))
+    except ModuleNotFoundError as error:
+        raise UserError(f"the picture needs {error.name}, which is not installed.", f"pip install {error.name}.") from None
+    untimed = [p["name"] for p in found if not p["tokens_per_second"] and not p["name"].endswith(frontier.PCA)]
+    if untimed:
+        text += f"\nNot timed at these sizes: {', '.join(untimed)}.\n"
+    atomic.write_text(out / "frontier.md", text)
+    atomic.write_bytes(out / "frontier.png", picture)
+    print(text + f"\nwritten to {shown(out / 'frontier.md')}, .png")
+
+
+if __name__ == "__main__":
+    with reported():
+        main()

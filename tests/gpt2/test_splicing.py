@@ -1,0 +1,111 @@
+"""KVSplice in a cell: what it is fitted to, what its record says, and that its file is used, not only written."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lib.cells import Cell
+from lib.config import Study
+from lib.kconfig import Assignment
+from lib.launch import prepare
+from tests.harness import ROOT
+
+TRAINER = str(ROOT / "gpt2/train_ra_mla.py")
+SMALL = {"GPT2_MAX_ITERS": "3", "GPT2_BLOCK_SIZE": "32", "BATCH_SIZE": "2", "GPT2_EVAL_SAMPLES": "2"}
+FIT = {"KVSPLICE_SAMPLES": "400", "KVSPLICE_EPOCHS": "1", "KVSPLICE_MAX_BATCHES": "4"}
+
+
+def run(*arguments):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("GPT2_", "KABLATE_"))}
+    return subprocess.run([sys.executable, TRAINER, *map(str, arguments)], capture_output=True, text=True, env=environment)
+
+
+def cell(out, step, parent=None, **symbols):
+    """Prepare and run one cell; its folder and record."""
+    name = f"test_{step}"
+    study = Study("gpt2-kv-compression-ablation+tiny", overrides=[Assignment(n, v, "test") for n, v in symbols.items()])
+    prepare(out / name, Cell(step, "adamwspam", 1337, name, study.resolve(step), parent and f"test_{parent}"))
+    done = run("--cell", out / name)
+    assert done.returncode == 0, done.stderr
+    return out / name, json.loads((out / name / "metrics.json").read_text())
+
+
+def weights(folder):
+    return torch.load(folder / "model.pt", weights_only=True)["model"]
+
+
+@pytest.fixture(scope="module")
+def v19_and_c2(tmp_path_factory):
+    out = tmp_path_factory.mktemp("study")
+    return cell(out, "V19", **SMALL), cell(out, "C2", "V19", **SMALL, **FIT)
+
+
+def test_a_cell_that_is_only_evaluated_is_its_parent_compressed(v19_and_c2):
+    (parent, before), (child, after) = v19_and_c2
+    assert all(torch.equal(tensor, weights(child)[name]) for name, tensor in weights(parent).items())
+    assert [after[key] for key in ("iterations", "tokens", "train_seconds", "train_loss", "budget_progress")] == [
+        before[key] for key in ("iterations", "tokens", "train_seconds", "train_loss", "budget_progress")]
+    found = after["compression"]
+    assert found["val_loss_before"] == before["val_loss"] and found["val_loss"] == after["val_loss"] != before["val_loss"]
+    assert found["val_loss_pca"] not in (before["val_loss"], after["val_loss"])
+    assert after["calibration_seconds"] > 0 and before["calibration_seconds"] == 0 and before["compression"] is None
+    assert [layer["layer"] for layer in found["layers"]] == [0, 1] and found["rows"] == 256
+    assert all(0 < layer["error"] < 1 and 0 < layer["error_pca"] < 1 for layer in found["layers"])
+    assert after["kv_cache_bytes"] < before["kv_cache_bytes"] and after["sizes"]["kvsplice_k"] == 16
+
+
+def test_an_interrupted_cell_takes_the_fit_that_it_has(v19_and_c2):
+    _, (child, after) = v19_and_c2
+    file = child / "kvsplice_C2.pt"
+    written = file.stat().st_mtime_ns
+    (child / "metrics.json").unlink()
+    assert run("--cell", child).returncode == 0
+    again = json.loads((child / "metrics.json").read_text())
+    assert (again["val_loss"], again["compression"]) == (after["val_loss"], after["compression"])
+    assert file.stat().st_mtime_ns == written
+
+
+def test_a_damaged_fit_is_refused(v19_and_c2):
+    _, (child, _) = v19_and_c2
+    file = child / "kvsplice_C2.pt"
+    content, record = file.read_bytes(), (child / "metrics.json").read_bytes()
+    try:
+        file.write_bytes(content[:len(content) // 2])
+        done = run("--cell", child)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {file} cannot be read: ")
+    finally:
+        file.write_bytes(content)
+        (child / "metrics.json").write_bytes(record)
+
+
+def test_finetuning_trains_through_the_codec(tmp_path_factory, v19_and_c2):
+    (parent, _), _ = v19_and_c2
+    folder, record = cell(parent.parent, "C1", "V19", **SMALL, **FIT, EVALUATE_ONLY="n")
+    assert record["iterations"] == 3 and record["compression"]["val_loss"] != record["val_loss"]
+    name = "transformer.h.0.attn.c_attn.weight"
+    assert not torch.equal(weights(folder)[name], weights(parent)[name])
+
+
+def test_by_hand_a_cell_trains_and_is_fitted_at_its_end(tmp_path):
+    settings = [f"--set={name}={value}" for name, value in SMALL.items()]
+    done = run("--defconfig", "gpt2-ra-ablation+tiny", "--ra-mla-ablation-step", "V0", "--out", tmp_path / "cell", *settings,
+               "--kvsplice-enable", "--kvsplice-k", "8", "--kvsplice-samples", "400", "--kvsplice-epochs", "1",
+               "--kvsplice-max-batches", "4", "--kvsplice-knots", "5", "--kvsplice-lr", "0.01", "--kvsplice-save",
+               tmp_path / "fit.pt")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "cell/metrics.json").read_text())
+    assert record["val_loss"] == record["compression"]["val_loss"] != record["compression"]["val_loss_before"]
+    rows = [json.loads(line) for line in (tmp_path / "cell/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["val_loss"] == record["compression"]["val_loss_before"]  # it trained without
+    assert (tmp_path / "fit.pt").read_bytes() == (tmp_path / "cell/kvsplice_V0.pt").read_bytes()
+    assert [record["configuration"][f"KVSPLICE_{name}"] for name in ("KNOTS", "LR", "EPOCHS")] == [5, 0.01, 1]
+
+
+def test_a_flag_of_kvsplice_without_kvsplice_is_refused():
+    done = run("--ra-mla-ablation-step", "V0", "--kvsplice-k", "8", "--out", "nowhere")
+    assert (done.returncode, done.stderr) == (2, "error: --kvsplice-k is given without --kvsplice-enable.\n"
+                                                 "  try: add --kvsplice-enable, or leave it out.\n")
