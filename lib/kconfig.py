@@ -128,7 +128,8 @@ class Schema:
         if symbol.str_value == a.value:
             return
         if not symbol.visibility:
-            unmet = kconfiglib.expr_str(_visibility_condition(symbol))
+            unmet = kconfiglib.expr_str(_visibility_condition(symbol), self._spelled)
+            unmet = re.sub(r" && <choice \w+>", "", unmet)  # of its own choice a member need not be told
             raise UserError(f"{a.where}: {a.name}={a.value} did not take, because it depends on {unmet}.",
                             f"set {unmet} as well, or leave {a.name} out.")
         if symbol.choice:
@@ -138,6 +139,12 @@ class Schema:
                             "set exactly one member of the choice to y.")
         raise UserError(f"{a.where}: {a.name}={a.value} did not take, it stands at {symbol.str_value or 'nothing'}.",
                         "look the symbol up in make menuconfig.")
+
+    def _spelled(self, item) -> str:
+        """A symbol in a dependency; of a bool that nobody can set, what it follows from."""
+        if self.kinds.get(getattr(item, "name", None)) != "bool" or item.name in self.prompted:
+            return kconfiglib.standard_sc_expr_str(item)
+        return "(" + " || ".join(kconfiglib.expr_str(condition, self._spelled) for _, condition in item.defaults) + ")"
 
     def verify_derived(self, layer: list[Assignment]) -> None:
         """Refuse a promptless symbol of a .config whose value is not the one it follows to."""

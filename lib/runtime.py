@@ -27,8 +27,8 @@ MAKES_NO_NUMBER = (
     "lib/cells.py", "lib/launch.py", "lib/plan.py", "lib/tables.py", "lib/tuning.py",
     # Judges mechanisms without training; makes data sets, which are recorded by their own hashes.
     "gpt2/laws.py", "gpt2/function_class.py", "gpt2/fisher.py", "lib/data/prepare.py", "lib/data/shards.py",
-    # Writes text with a trained model.
-    "gpt2/sample.py",
+    # Writes text with a trained model, and measures it.
+    "gpt2/sample.py", "gpt2/decode_costs.py",
 )
 # The same for modules that a cell does import: where fragments lie, and how errors are worded.
 IMPORTED_BUT_MAKES_NO_NUMBER = ("lib/errors.py", "lib/steps.py")

@@ -135,5 +135,6 @@ def facts(content: dict) -> list[str]:
                      f"{'on' if machine['compile'] else 'off'}, {plural(machine['threads'], 'thread')}")
     if spent:
         found.append(f"a cell's training {duration(spent['train'])}; outside the budget: start and logging "
-                     f"{duration(spent['other'])}, compile {duration(spent['compile'])}, evaluation {duration(spent['eval'])}")
+                     f"{duration(spent['other'])}, compile {duration(spent['compile'])}, evaluation {duration(spent['eval'])}"
+                     + (f", calibration {duration(spent['calibration'])}" if spent.get("calibration") else ""))
     return found + content["notes"]

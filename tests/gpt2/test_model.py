@@ -167,7 +167,7 @@ def test_function_class(models, step):
     collapsed, before = model.collapse(), model(x)[0]
     torch.testing.assert_close(collapsed(x)[0], before, rtol=0, atol=1e-5)
     kinds = [[type(block), type(block.attn), type(block.mlp)] for block in collapsed.transformer.h]
-    plain = ("V0", "V1", "V3", "V4", "V1T", "V12", "V16", "KT1", "RALEARN0", "V14", "V18", "V19")
+    plain = ("V0", "V1", "V3", "V4", "V1T", "V12", "V16", "KT1", "RALEARN0", "V14", "V18", "V19", "C2", "MLAKV0", "RAMLA0")
     assert (kinds == [[Block, CausalSelfAttention, MLP]] * 2) == (step in plain)
     with torch.no_grad():
         for p in collapsed.parameters():

@@ -194,42 +194,6 @@ def test_gates_are_folded_before_anything_is_timed():
     assert not model.training and not any(p.requires_grad or p.dtype != torch.bfloat16 for p in model.parameters())
 
 
-def test_bytes_that_must_move():
-    """The tied head whole, of the embedding a row a sequence, of the positions one row, every other parameter once."""
-    model = GPT(load(TINY, "V0")).to(torch.bfloat16)
-    layer = 4 * 128 * 128 + 2 * 128 * 512 + (3 + 1 + 4 + 1) * 128 + 4 * 128
-    expected = 2 * (256 * 128 + 2 * layer + 2 * 128 + 5 * 128 + 128)
-    assert bench_decode.moved_bytes(model, batch=5, cache_bytes=1000) == expected + 1000
-
-
-def test_the_share_of_the_floor():
-    assert bench_decode.floor_share(moved=3e6, bandwidth=3e9, seconds=4e-3) == pytest.approx(0.25)
-
-
-def test_a_copy_moves_every_byte_twice(monkeypatch):
-    """By a made-up clock in which either takes a second, or reading a tenth of it."""
-    for seconds, expected in (([1, 1], 2 * 2 * 2 ** 20), ([1, 0.1], 10 * 2 * 2 ** 20)):
-        clock = iter([0, seconds[0], 0, seconds[1]])
-        monkeypatch.setattr(bench_decode.time, "perf_counter", lambda clock=clock: next(clock))
-        assert BANDWIDTH(torch.device("cpu"), 2, rounds=1) == pytest.approx(expected)
-
-
-def test_live_bytes_are_counted_once_and_given_back():
-    kept = torch.ones(1000)
-
-    def work():
-        one = kept + 1  # 4000 bytes
-        view = one.view(10, 100)
-        del one
-        two = view.double()  # 8000 more
-        del view
-        kept.add_(1)  # nothing new
-        return two
-
-    assert bench_decode.peak_bytes(torch.device("cpu"), work) == 12000
-    assert bench_decode.held_bytes([kept, kept[:10], torch.ones(2)]) == 4008
-
-
 def test_it_is_no_module_of_the_program():
     """The tool stands beside it: nothing imports it."""
     for folder in ("lib", "gpt2", "scripts"):
