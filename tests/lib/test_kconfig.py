@@ -147,7 +147,7 @@ def test_an_unknown_symbol_comes_with_a_near_miss(name, hint):
     (["TRACKER_PROJECT=mine"], "file1:1: TRACKER_PROJECT=mine did not take, because it depends on !TRACKER_NONE.",
      "set !TRACKER_NONE as well, or leave TRACKER_PROJECT out."),
     (["ATTENTION_ROUTER=y KV_PRUNING_V=y"],  # it depends on PRUNABLE, which nobody can set
-     "file1:1: KV_PRUNING_V=y did not take, because it depends on (ATTENTION_SDPA || ATTENTION_UNIFIED_RA).",
+     "file1:2: KV_PRUNING_V=y did not take, because it depends on (ATTENTION_SDPA || ATTENTION_UNIFIED_RA).",
      "set (ATTENTION_SDPA || ATTENTION_UNIFIED_RA) as well, or leave KV_PRUNING_V out."),
     (["MODEL_TINY=y MODEL_GPT2_XL=y"],
      "file1:1: MODEL_TINY=y did not take, because the choice 'Model size' stands at MODEL_GPT2_XL.",
