@@ -223,16 +223,27 @@ def bypassed(model: nn.Module):
 def save(path, model: nn.Module, *, step: str, seed: int, identity: str, report: dict | None = None) -> None:
     """Write the fitted geometry of every layer to `path`, whole or not at all.
 
-    `identity` says whose values it was fitted to (a cell's hash); `step` and `seed` say it to a reader, `report` is what the
-    fit said of itself. ValueError for a codec that was not fitted.
+    `identity` says whose values it was fitted to (`fingerprint`); `step` and `seed` say it to a reader, `report` is what the
+    fit said of itself. ValueError if no layer was fitted (one that does not attend cannot be).
     """
     held = codecs(model)
-    if not held or not all(bool(codec.fitted) for codec in held):
+    if not any(bool(codec.fitted) for codec in held):
         raise ValueError("a KVSplice that was not fitted cannot be saved")
     tensors = {f"{layer}.{name}": tensor.cpu() for layer, codec in enumerate(held)
                for name, tensor in codec.state_dict().items()}
     header = {"kind": KIND, **sizes(held), "step": step, "seed": seed, "identity": identity, "report": report}
     checkpoint.save(path, header=header, tensors=tensors, sha256=digest(header, tensors))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 (hex) of the model's parameters, which its values follow from."""
+    return digest({}, {name: p.detach().cpu() for name, p in model.named_parameters()})
+
+
+def fitted_to(path) -> str | None:
+    """The identity in a file that `save` wrote; None if it has none. UserError if it cannot be read."""
+    header = checkpoint.load(path).get("header")
+    return header.get("identity") if isinstance(header, dict) else None
 
 
 def load(path, model: nn.Module, *, identity: str) -> dict:

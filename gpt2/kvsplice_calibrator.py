@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from gpt2.kvsplice import KVSplice, bypassed, codec_mode, full_precision, piecewise
+from lib.errors import UserError
 from lib.mechanisms import layer_number
 from lib.streams import cell_seed, stream_seed
 
@@ -91,7 +92,8 @@ class KVSpliceCalibrator:
         Runs under the caller's autocast, as the model itself would. Returns what metrics.json may hold: `rows`, the sample's
         size, and `layers`, of each layer that attends: its number, `error` = |v - v'| / |v|, `mse` and `explained_variance`
         on rows set aside, each also of plain PCA as `<name>_pca` (None where V is 0 or does not vary), and `heads`, how many
-        of its geometries kept plain PCA or came from either start. ValueError if nothing was sampled or a value is not finite.
+        of its geometries kept plain PCA or came from either start. ValueError if a value is not finite,
+        UserError if no layer attends.
         """
         held = {layer_number(name): module for name, module in model.named_modules() if isinstance(module, KVSplice)}
         found = {"rows": 0, "layers": []}
@@ -106,13 +108,15 @@ class KVSpliceCalibrator:
             one = held[layers[0]]
             geometry, heads = fit_geometry(rows[:, :a], rows[:, a:b], one.k, len(one.spline.knots), self.epochs, self.lr,
                                            generator)
+            for codec in held.values() if self.shared else [one]:
+                codec.set(**geometry)
             for layer in layers:
-                held[layer].set(**geometry)
                 mine = rows[:, b:] if not self.shared else rows[:, b:][:, (labels[b:] == layer).to(rows.device)]
                 found["layers"].append({"layer": layer, **measured(held[layer], mine), "heads": heads})
             found["rows"] = len(labels)
         if not found["layers"]:
-            raise ValueError("no values were sampled: there were no batches, or no layer attends")
+            raise UserError("there are no values to fit KVSplice to: no layer attends, or there were no batches.",
+                            "choose a step whose attention is on.")
         return found
 
     @torch.no_grad()

@@ -12,28 +12,30 @@ from gpt2 import kvsplice
 from gpt2.kvsplice_calibrator import KVSpliceCalibrator
 from lib import loop, runtime
 from lib.data import EvalSet, train_batch
+from lib.steps import file_name
 from lib.streams import cell_seed, stream_seed
 
 
 def kvsplice_file(folder: Path, step: str) -> Path:
     """Where a cell keeps its fit."""
-    return folder / f"kvsplice_{step.replace('@', '+').replace('=', '-').replace('/', '-')}.pt"
+    return folder / f"kvsplice_{file_name(step)}.pt"
 
 
-def compress(cfg, model, corpus, folder: Path, step: str, identity: str, device) -> dict:
-    """Fit the codecs of `model`, or take over the fit that `folder` holds. Returns metrics.json's "compression":
+def compress(cfg, model, corpus, folder: Path, step: str, device) -> dict:
+    """Fit the codecs of `model`, or take over the fit to these very weights that `folder` holds. Returns metrics.json's
+    "compression":
 
     `val_loss_before`, `val_loss_pca` and `val_loss`, of the same weights without codec, with plain PCA of the same k, and with
     KVSplice, in nats; `rows`, how many values of a layer it was fitted to; `layers`, the reconstruction error of each.
     """
-    path = kvsplice_file(folder, step)
-    if not path.exists():
+    path, values_of = kvsplice_file(folder, step), kvsplice.fingerprint(model)
+    if not path.exists() or kvsplice.fitted_to(path) != values_of:
         windows = (train_batch(corpus.train, stream_seed(cell_seed(cfg), "kvsplice"), number, 0, cfg.BATCH_SIZE,
                                cfg.GPT2_BLOCK_SIZE)[0] for number in range(cfg.KVSPLICE_MAX_BATCHES))
         with runtime.autocast(cfg, device):
             report = KVSpliceCalibrator(cfg).fit(model, windows)
-        kvsplice.save(path, model, step=step, seed=cfg.SEED, identity=identity, report=report)
-    header = kvsplice.load(path, model, identity=identity)
+        kvsplice.save(path, model, step=step, seed=cfg.SEED, identity=values_of, report=report)
+    header = kvsplice.load(path, model, identity=values_of)
     eval_set = EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, cfg.BATCH_SIZE, cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
     losses = {}
     for mode, name in (("off", "val_loss_before"), ("pca", "val_loss_pca"), ("splice", "val_loss")):

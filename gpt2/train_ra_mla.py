@@ -55,13 +55,18 @@ def main() -> int:
 
         return check_steps(study, [args.ra_mla_ablation_step])
     resolved = study.resolve(args.ra_mla_ablation_step)
+    if args.kvsplice_save and not args.kvsplice_save.parent.is_dir():
+        raise UserError(f"there is no folder {args.kvsplice_save.parent}.", "make it, or give --kvsplice-save another file.")
     if not args.out:
         raise UserError("no folder to train in was given.", "add --out FOLDER, or --dry-run to only check the step.")
     status = run_by_hand(resolved, args.ra_mla_ablation_step, args.out)
     if args.kvsplice_save and status == 0:
         from gpt2.splicing import kvsplice_file
 
-        shutil.copyfile(kvsplice_file(args.out, args.ra_mla_ablation_step), args.kvsplice_save)
+        fit = kvsplice_file(args.out, args.ra_mla_ablation_step)
+        if not fit.exists():
+            raise UserError("the cell diverged, so there is no fit to copy.", f"read {args.out}/metrics.json.")
+        shutil.copyfile(fit, args.kvsplice_save)
     return status
 
 
@@ -152,17 +157,18 @@ def run_cell(folder: Path) -> int:
 
     def compress():
         clock.switch("calibration")
-        found = splicing.compress(cfg, model, corpus, folder, provenance["step"], provenance["identity"]["hash"], device)
+        found = splicing.compress(cfg, model, corpus, folder, provenance["step"], device)
         clock.switch("other")
         return found
 
     compression = compress() if cfg.KVSPLICE and parent else None
     try:
         with codec_mode(model, "splice" if parent else "off"):
-            loop.train(cfg, model, optimizer, corpus, folder, provenance["identity"], open_log, clock, progress, stop)
+            loop.train(cfg, model, optimizer, corpus, folder, provenance["identity"], open_log, clock, progress, stop,
+                       keep=cfg.KVSPLICE)
         if cfg.KVSPLICE and not parent:
             compression = compress()
-            progress.val_loss = compression["val_loss"]
+            progress.val_loss, progress.best_val_loss = compression["val_loss"], None  # the best was uncompressed
     except loop.Interrupted:
         return process.EXIT_INTERRUPTED
     except loop.Diverged as error:

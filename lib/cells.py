@@ -15,6 +15,7 @@ from pathlib import Path
 from lib import results
 from lib.config import Resolved, Study, identity_changes, sealed
 from lib.errors import UserError
+from lib.steps import file_name
 
 FINISHED = ("done", "diverged")  # states in which a cell has a result
 MAX_COUNTED_SEEDS = 100
@@ -67,10 +68,7 @@ def parse_seeds(text: str, base: int) -> list[int]:
 
 def folder_name(step: str, optimizer: str, pruning: str, seed: int, base: int) -> str:
     """'V1@RA_R=8' with AdamWSPAM is test_V1+RA_R-8_adamwspam_none; seeds other than the base seed get a suffix."""
-    name = f"test_{step.replace('@', '+').replace('=', '-').replace(',', '+')}_{optimizer}_{pruning}"
-    name += "" if seed == base else f"_s{seed}"
-    name = re.sub(r"[^A-Za-z0-9_.+-]", "-", name)
-    return name
+    return file_name(f"test_{step}_{optimizer}_{pruning}" + ("" if seed == base else f"_s{seed}"))
 
 
 def steps_of(study: Study) -> list[str]:

@@ -33,3 +33,8 @@ def step_path(name: str, folder: str = "gpt2/steps") -> Path:
         near = difflib.get_close_matches(name, known, n=1)
         raise UserError(f"there is no step '{name}'.", f"did you mean {near[0]}?" if near else "make list-steps.")
     return known[name]
+
+
+def file_name(text: str) -> str:
+    """A step, or a name with one in it, as part of a file name: V1@RA_R=8 is V1+RA_R-8."""
+    return re.sub(r"[^A-Za-z0-9_.+-]", "-", text.replace("@", "+").replace(",", "+"))

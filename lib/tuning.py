@@ -32,9 +32,10 @@ def multiples(study: Study) -> list[float]:
 
 
 def swept_steps(study: Study) -> list[str]:
-    """The study's steps without its controls."""
+    """The study's steps without its controls, and without those that are not trained."""
     folder = study.config.STEPS_DIR
-    return [step for step in steps_of(study) if not step_header(step_path(parse_step(step)[0], folder), "Control")]
+    return [step for step in steps_of(study) if not step_header(step_path(parse_step(step)[0], folder), "Control")
+            and not study.resolve(step).config.EVALUATE_ONLY]
 
 
 def at(study: Study, step: str, multiple: float) -> str:

@@ -26,8 +26,8 @@ Memory on a GPU: the most that was allocated with this model and cache, without 
 counted from the tensors that live at once.
 
 A context beyond the study's GPT2_BLOCK_SIZE is measured on a model of that size, whose ratios are taken of it. Without steps
-on the command line the first step of every kind of cache is taken. Rows are printed, and --out is written, as they are known.
---show prints such files again.
+on the command line the first step of every kind of cache is taken, and with --study (STUDY=, for make) the study's own. Rows
+are printed, and --out is written, as they are known. --show prints such files again.
 """
 
 import argparse
@@ -44,10 +44,11 @@ import torch
 from gpt2.decode_costs import bandwidth_of, floor_share, held_bytes, moved_bytes, peak_bytes
 from gpt2.model import GPT
 from lib import atomic, runtime
-from lib.cells import baseline
+from lib.cells import baseline, steps_of
 from lib.config import Study, parse_step
 from lib.errors import UserError, reported
 from lib.kconfig import Assignment
+from lib.mechanisms import Mechanisms, Moment
 from lib.steps import step_files, step_path
 from lib.tables import table, table_head, table_row
 
@@ -156,8 +157,11 @@ class Rewind:
 
 
 def build(cfg, device, dtype) -> GPT:
-    """The model of a configuration as it is for inference."""
-    return GPT(cfg).eval().bake().requires_grad_(False).to(device, dtype)
+    """The model of a configuration as it is for inference: told that its budget has ended, so that what decides has decided,
+    and gates folded in."""
+    model = GPT(cfg)
+    Mechanisms(model).advance(Moment(10 ** 6, 1.0))  # more steps than any mechanism counts
+    return model.eval().bake().requires_grad_(False).to(device, dtype)
 
 
 def spread(name: str, values: list[float]) -> dict:
@@ -280,7 +284,7 @@ def bench(study: Study, steps: list[str], contexts: list[int], batches: list[int
     contexts = contexts or sorted({*((128, 1024, 4096) if gpu else (min(128, cfg.GPT2_BLOCK_SIZE),)), cfg.GPT2_BLOCK_SIZE})
     batches = batches or ([1, 16, 64] if gpu else [1, 16])
     options = {"steps": tokens or (100 if gpu else 16), "eager": eager, "compiled": compiled}
-    steps = list(dict.fromkeys([name, *(steps or kinds_of_caches(study, name))]))
+    steps = list(dict.fromkeys([name, *steps]))
     if compiled:  # a program for every model, context and batch
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10 ** 6
     begun = time.monotonic()
@@ -329,7 +333,8 @@ def bench(study: Study, steps: list[str], contexts: list[int], batches: list[int
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.bench_decode", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("steps", nargs="*", help="V1 or V1@RA_R=8 (default: the first step of every kind of cache)")
+    parser.add_argument("steps", nargs="*", help="V1 or V1@RA_R=8 (default: the first step of every kind of cache, and with "
+                        "--study the study's)")
     parser.add_argument("--study", default=os.environ.get("STUDY"),
                         help="whose sizes and baseline (default: gpt2-ra-ablation on a GPU, gpt2-ra-ablation+tiny without one)")
     parser.add_argument("--context", type=int, nargs="+", default=[], metavar="TOKENS",
@@ -357,7 +362,8 @@ def main(arguments: list[str] | None = None) -> None:
     study = Study(args.study or ("gpt2-ra-ablation" if torch.cuda.is_available() else "gpt2-ra-ablation+tiny"))
     for step in args.steps:  # a slip of the pen ends it at once; a step that does not fit this study is a row
         step_path(parse_step(step)[0], study.config.STEPS_DIR)
-    bench(study, args.steps, sorted(set(args.context)), sorted(set(args.batch)), args.rounds, args.tokens, args.eager,
+    steps = args.steps or [*(steps_of(study) if args.study else []), *kinds_of_caches(study, baseline(study))]
+    bench(study, steps, sorted(set(args.context)), sorted(set(args.batch)), args.rounds, args.tokens, args.eager,
           args.compile, args.out)
 
 

@@ -1,5 +1,6 @@
 """What it costs to compress a trained model's values: cells that record "compression" hold the loss of one model three times,
-uncompressed, through their codec (the result of the cell), and through plain PCA of the same width.
+uncompressed, through their codec, and through plain PCA of the same width. The second is the cell's result, unless the cell has
+trained on through the codec.
 
 All three are of the same weights and the same evaluation set, so differences are paired by seed with nothing else between
 them. Which of the two codecs loses less is a family of its own, one comparison a step, under Holm's correction.

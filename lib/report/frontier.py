@@ -33,7 +33,8 @@ def points(records: list[dict], decode: dict, batch: int) -> list[dict]:
     found = []
     for name, cells in groups.items():
         found.append(_point(name, cells, {r["seed"]: r["val_loss"] for r in cells}) | _speed(cells[0], decode, batch))
-        if compressed := {r["seed"]: r["compression"]["val_loss_pca"] for r in cells if r.get("compression")}:
+        if compressed := {r["seed"]: r["compression"]["val_loss_pca"] for r in cells
+                         if r.get("compression") and r["compression"]["val_loss"] == r["val_loss"]}:  # of the same weights
             found.append(_point(name + PCA, cells, compressed) | dict.fromkeys(("tokens_per_second", "slowest", "fastest")))
     found.sort(key=lambda p: (-p["cache_bytes"], p["name"]))
     for p in found:

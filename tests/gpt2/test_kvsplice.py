@@ -267,7 +267,7 @@ def test_a_file_gives_the_codecs_back(saved):
 
 
 def test_what_was_not_fitted_is_not_saved(tmp_path):
-    for model in (torch.nn.ModuleList([build(), KVSplice(H, D, K)]), torch.nn.ModuleList()):
+    for model in (torch.nn.ModuleList([KVSplice(H, D, K), KVSplice(H, D, K)]), torch.nn.ModuleList()):
         with pytest.raises(ValueError, match="a KVSplice that was not fitted cannot be saved"):
             kvsplice.save(tmp_path / "x.pt", model, step="C1", seed=1, identity="", report={})
     assert not list(tmp_path.iterdir())

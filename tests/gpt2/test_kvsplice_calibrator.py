@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt2 import kvsplice
 from gpt2.kvsplice import KVSplice, PWLSpline, bypassed, codec_mode, codecs
 from gpt2.kvsplice_calibrator import (
     GAP,
@@ -24,6 +25,7 @@ from gpt2.kvsplice_calibrator import (
     place_knots,
 )
 from gpt2.model import GPT
+from tests.harness import refusal
 
 T = 32
 
@@ -375,16 +377,19 @@ def test_a_fit_does_not_see_autocast():
     assert all(torch.equal(a, b) for a, b in zip(*(codec.buffers() for codec in found), strict=True))
 
 
-def test_what_cannot_be_fitted_is_said(build):
+def test_what_cannot_be_fitted_is_said(build, tmp_path):
     cfg, model = build()
     calibrator = KVSpliceCalibrator(cfg)
-    with pytest.raises(ValueError, match="no values were sampled: there were no batches, or no layer attends"):
-        calibrator.fit(model, [])
+    assert refusal(calibrator.fit, model, []) == (
+        "there are no values to fit KVSplice to: no layer attends, or there were no batches.",
+        "choose a step whose attention is on.")
     with pytest.raises(ValueError, match="2 sampled rows are too few to fit, choose and report"):
         calibrator.fit(model, [np.zeros((1, 2), np.int64)])
     assert not any(codec.fitted for codec in codecs(model))
     model.transformer.h[1].attn.on = False  # a layer that does not attend has no values
     assert [layer["layer"] for layer in calibrator.fit(model, windows())["layers"]] == [0]
+    kvsplice.save(tmp_path / "fit.pt", model, step="R1", seed=1, identity="x", report={})  # so a cell with such a layer ends
+    assert kvsplice.load(tmp_path / "fit.pt", model, identity="x")["layers"] == 2
     with torch.no_grad():
         model.transformer.h[0].attn.c_attn.bias[-1] = math.nan
     with pytest.raises(ValueError, match="the values of layer 0 are not finite"):

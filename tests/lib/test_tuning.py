@@ -137,3 +137,7 @@ def test_the_sweeps_seed_is_not_one_of_the_studys(study):
     path.write_text(path.read_text().replace('SEEDS="3"', f'SEEDS="1 {SWEEP}"'))
     assert refusal(Plan, Options())[0] == f"seed {SWEEP} is the learning-rate sweep's own."
     assert refusal(Plan, Options(seeds=f"1 {SWEEP}", out=str(out)))[0] == f"seed {SWEEP} is the learning-rate sweep's own."
+
+
+def test_a_step_that_is_not_trained_has_no_rate_to_tune():
+    assert tuning.swept_steps(Study("gpt2-kv-compression-ablation+tiny")) == ["V0", "V19"]

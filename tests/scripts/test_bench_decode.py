@@ -187,6 +187,18 @@ def test_a_loop_leaves_a_prompt_of_one_token():
     assert subject("V0", steps=50).positions == 11 and subject("V0", steps=50, eager=False).positions == 1
 
 
+def test_a_learned_direction_is_decided_before_anything_is_timed():
+    """An undecided layer computes both, and a trained cell's is decided."""
+    model = bench_decode.build(load(TINY, "RAMLA0"), torch.device("cpu"), torch.float32)
+    assert [block.attn.reciprocal for block in model.transformer.h] == [False, False]
+
+
+def test_with_a_study_its_own_steps_are_timed_too(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_decode, "kinds_of_caches", lambda study, first: [first])
+    _, record, _ = bench(capsys, tmp_path, "--study", "gpt2-kv-tying-ablation+tiny")
+    assert [row["step"] for row in record["rows"]] == ["V0", "KT1"]
+
+
 def test_gates_are_folded_before_anything_is_timed():
     model = bench_decode.build(load(TINY, "V3"), torch.device("cpu"), torch.bfloat16)
     gates = [p for name, p in model.named_parameters() if ".gate_" in name]

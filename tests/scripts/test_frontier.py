@@ -15,7 +15,7 @@ MIB = 2 ** 20
 
 def record(step, seed, loss, mib, pca=None, optimizer="adamw"):
     return {"step": step, "seed": seed, "optimizer": optimizer, "val_loss": loss, "kv_cache_bytes": int(mib * MIB),
-            "configuration": {"GPT2_BLOCK_SIZE": 64}, "compression": pca and {"val_loss_pca": pca}}
+            "configuration": {"GPT2_BLOCK_SIZE": 64}, "compression": pca and {"val_loss_pca": pca, "val_loss": loss}}
 
 
 def row(step, speed, mib, batch=8, context=64, **more):
