@@ -165,7 +165,7 @@ def run_cell(folder: Path) -> int:
     try:
         with codec_mode(model, "splice" if parent else "off"):
             loop.train(cfg, model, optimizer, corpus, folder, provenance["identity"], open_log, clock, progress, stop,
-                       keep=cfg.KVSPLICE)
+                       save_at_end=cfg.KVSPLICE and not parent)
         if cfg.KVSPLICE and not parent:
             compression = compress()
             progress.val_loss, progress.best_val_loss = compression["val_loss"], None  # the best was uncompressed

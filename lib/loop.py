@@ -99,12 +99,13 @@ class StopRequest:
 
 
 def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log, clock: Clock, progress: Progress,
-          stop, keep: bool = False) -> None:
+          stop, save_at_end: bool = False) -> None:
     """Train `model` in place and account for it in `progress`, which is kept in `folder`/checkpoint.pt and resumed from it.
 
     `identity` is the cell's (a checkpoint of another one, or of other data, is refused with UserError). `open_log(keep)`
-    gives a MetricsLog with its first `keep` rows; `stop.asked` ends the run after the current step. `keep` saves at the end of
-    the budget too, for a caller that has more to do. Raises Interrupted (after saving) and Diverged.
+    gives a MetricsLog with its first `keep` rows; `stop.asked` ends the run after the current step. `save_at_end`
+    writes a checkpoint at the end of the budget too, for a caller that has more to do. Raises Interrupted (after saving) and
+    Diverged.
     """
     device, seed = clock.device, cell_seed(cfg)
     budget, per_iteration = Budget.from_config(cfg), tokens_per_iteration(cfg)
@@ -229,7 +230,7 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
             last_saved = time.monotonic()
             clock.switch("train")
 
-    if keep and training:
+    if save_at_end and training:
         save_checkpoint()
     evaluate_and_log(last=True)
     log.close()

@@ -76,29 +76,11 @@ class Direction(nn.Module):
         self.reciprocal = None if decided == UNDECIDED else decided == RECIPROCAL
 
 
-class DirectionAttention(CausalSelfAttention):
-    """[B, T, n_embd] -> [B, T, n_embd]. `reciprocal` fixes the direction; None learns it, with one more parameter."""
+class Directed:
+    """An attention with a direction: `fixed`, or where that is None a learned one, `direction`."""
 
-    def __init__(self, n_embd: int, n_head: int, dropout: float = 0.0, bias: bool = True, proj_std: float = INIT_STD,
-                 reciprocal: bool | None = None):
-        super().__init__(n_embd, n_head, dropout, bias, proj_std)
-        self.fixed, self.direction = reciprocal, Direction() if reciprocal is None else None
-
-    @classmethod
-    def from_config(cls, cfg, layer: int = 0):
-        late = layer >= cfg.GPT2_N_LAYER // 2  # the middle one of an odd number is in the second half
-        reciprocal = None if cfg.DIRECTION_LEARNED else cfg.DIRECTION_ALL or late == cfg.DIRECTION_LATE
-        return cls(cfg.GPT2_N_EMBD, cfg.GPT2_N_HEAD, cfg.GPT2_DROPOUT, cfg.GPT2_BIAS, residual_std(cfg.GPT2_N_LAYER),
-                   reciprocal)
-
-    @staticmethod
-    def extra_parameters(cfg) -> int:
-        return int(cfg.DIRECTION_LEARNED)
-
-    @staticmethod
-    def cache_bytes_per_token(cfg, itemsize: int) -> int:
-        """Of a layer as it is built; a learned direction that is decided needs no more than a fixed one."""
-        return (3 if cfg.DIRECTION_LEARNED else 2) * cfg.GPT2_N_EMBD * itemsize
+    fixed: bool | None
+    direction: Direction | None
 
     @property
     def reciprocal(self) -> bool | None:
@@ -108,6 +90,35 @@ class DirectionAttention(CausalSelfAttention):
     def likelier(self) -> bool:
         """Whether the value is that of the reciprocal direction."""
         return self.fixed if self.direction is None else self.direction.likelier()
+
+
+def configured_direction(cfg, layer: int) -> bool | None:
+    """Whether the layer is reciprocal by configuration; None if it learns that."""
+    late = layer >= cfg.GPT2_N_LAYER // 2  # the middle one of an odd number is in the second half
+    return None if cfg.DIRECTION_LEARNED else cfg.DIRECTION_ALL or late == cfg.DIRECTION_LATE
+
+
+class DirectionAttention(Directed, CausalSelfAttention):
+    """[B, T, n_embd] -> [B, T, n_embd]. `reciprocal` fixes the direction; None learns it, with one more parameter."""
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float = 0.0, bias: bool = True, proj_std: float = INIT_STD,
+                 reciprocal: bool | None = None):
+        super().__init__(n_embd, n_head, dropout, bias, proj_std)
+        self.fixed, self.direction = reciprocal, Direction() if reciprocal is None else None
+
+    @classmethod
+    def from_config(cls, cfg, layer: int = 0):
+        return cls(cfg.GPT2_N_EMBD, cfg.GPT2_N_HEAD, cfg.GPT2_DROPOUT, cfg.GPT2_BIAS, residual_std(cfg.GPT2_N_LAYER),
+                   configured_direction(cfg, layer))
+
+    @staticmethod
+    def extra_parameters(cfg) -> int:
+        return int(cfg.DIRECTION_LEARNED)
+
+    @staticmethod
+    def cache_bytes_per_token(cfg, itemsize: int) -> int:
+        """Of a layer as it is built; a learned direction that is decided needs no more than a fixed one."""
+        return (3 if cfg.DIRECTION_LEARNED else 2) * cfg.GPT2_N_EMBD * itemsize
 
     def dead_elements(self) -> dict:
         """The bias of what plays the key, which in the reciprocal direction is the query block."""

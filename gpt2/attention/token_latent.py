@@ -22,7 +22,7 @@ Source: ra-mla-kvsplice-router-fim.
 
 import torch
 
-from gpt2.attention.direction import Direction
+from gpt2.attention.direction import Directed, Direction, configured_direction
 from gpt2.attention.learned_kvsplice import LearnedKVSplice
 from gpt2.attention.mla import MultiHeadLatentAttention, splice_parameters
 from gpt2.layers import INIT_STD
@@ -31,7 +31,7 @@ from gpt2.rules import latent_width
 QUERY, KEY, VALUE = 0, 1, 2  # blocks of rows of c_up
 
 
-class TokenLatentAttention(MultiHeadLatentAttention):
+class TokenLatentAttention(Directed, MultiHeadLatentAttention):
     """[B, T, n_embd] -> [B, T, n_embd]; `c_up` holds the rows [q; k; v], and there is no `c_attn`. `reciprocal` fixes the
     direction; None learns it, with one more parameter."""
 
@@ -44,23 +44,12 @@ class TokenLatentAttention(MultiHeadLatentAttention):
 
     @classmethod
     def from_config(cls, cfg, layer: int = 0):
-        late = layer >= cfg.GPT2_N_LAYER // 2  # the middle one of an odd number is in the second half
-        reciprocal = None if cfg.DIRECTION_LEARNED else cfg.DIRECTION_ALL or late == cfg.DIRECTION_LATE
-        return super().from_config(cfg, layer, reciprocal=reciprocal)
+        return super().from_config(cfg, layer, reciprocal=configured_direction(cfg, layer))
 
     @staticmethod
     def extra_parameters(cfg) -> int:
         E, L = cfg.GPT2_N_EMBD, latent_width(cfg)
         return 4 * E * L - 3 * E * E + splice_parameters(cfg) + int(cfg.DIRECTION_LEARNED)
-
-    @property
-    def reciprocal(self) -> bool | None:
-        """The direction that is computed; None computes both."""
-        return self.fixed if self.direction is None else self.direction.reciprocal
-
-    def likelier(self) -> bool:
-        """Whether the value is that of the reciprocal direction."""
-        return self.fixed if self.direction is None else self.direction.likelier()
 
     def dead_elements(self) -> dict:
         """The bias of what plays the key."""
