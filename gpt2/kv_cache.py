@@ -1,8 +1,9 @@
 """The caches of cached decoding: preallocated, batched, one object a layer.
 
 Invariant: after n positions were given, what the cache returns for them is exactly what the full forward pass computes.
-`nbytes()` counts the tensors that are held, not a formula. A `codec` (gpt2/kvsplice.py) stores values in fewer channels:
-`codec.compress` [..., D] -> [..., k], `codec.decompress` back, `codec.width` is k.
+`nbytes()` and `parts()` count the tensors that are held, not a formula, and the parts of a cache are all of its bytes. A
+`codec` (gpt2/kvsplice.py) stores values in fewer channels: `codec.compress` [..., D] -> [..., k], `codec.decompress` back,
+`codec.width` is k.
 """
 
 import torch
@@ -22,9 +23,7 @@ class LayerCache:
     def append(self, keys, values):
         """Store n more positions, [batch, heads, n, key_dim] and [..., value_dim]; returns all so far, in the type given
         (views, where that is the cache's and there is no codec)."""
-        end = self.length + keys.size(2)
-        if end > self.keys.size(2):
-            raise ValueError(f"the cache holds {self.keys.size(2)} positions, {end} were asked for")
+        end = end_after(self.length, keys.size(2), self.keys.size(2))
         self.keys[:, :, self.length:end] = keys
         self.values[:, :, self.length:end] = values if self.codec is None else self.codec.compress(values)
         self.length = end
@@ -34,12 +33,8 @@ class LayerCache:
     def tensors(self):
         return self.keys, self.values
 
-    def payload_bytes(self) -> int:
-        """Bytes of the values alone."""
-        return nbytes(self.values)
-
-    def index_bytes(self) -> int:
-        return 0
+    def parts(self) -> dict[str, int]:
+        return {"keys": nbytes(self.keys), "values": nbytes(self.values)}
 
 
 class TokenCache:
@@ -52,15 +47,16 @@ class TokenCache:
     def append(self, vectors):
         """Store n more positions, [batch, n, width]; returns all so far, in the type given (a view, where that is the
         cache's)."""
-        end = self.length + vectors.size(1)
-        if end > self.vectors.size(1):
-            raise ValueError(f"the cache holds {self.vectors.size(1)} positions, {end} were asked for")
+        end = end_after(self.length, vectors.size(1), self.vectors.size(1))
         self.vectors[:, self.length:end] = vectors
         self.length = end
         return self.vectors[:, :end].to(vectors.dtype)
 
     def tensors(self):
         return (self.vectors,)
+
+    def parts(self) -> dict[str, int]:
+        return {"latents": nbytes(self.vectors)}
 
 
 class PrunedCache:
@@ -86,8 +82,7 @@ class PrunedCache:
 
     def expect(self, count: int) -> None:
         """ValueError if there is no room for `count` more positions."""
-        if self.length + count > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} positions, {self.length + count} were asked for")
+        end_after(self.length, count, self.capacity)
 
     def append(self, keys, values):
         """Store n more positions, [batch, heads, n, key_dim] and [..., value_dim], with no importance yet; returns the keys
@@ -115,13 +110,10 @@ class PrunedCache:
     def tensors(self):
         return self.keys, self.values, self.position, self.importance
 
-    def payload_bytes(self) -> int:
-        """Bytes of the values alone."""
-        return nbytes(self.values)
-
-    def index_bytes(self) -> int:
-        """Bytes of what says which tokens have a slot, and how important they are."""
-        return nbytes(self.position) + nbytes(self.importance)
+    def parts(self) -> dict[str, int]:
+        """The index says which tokens have a slot, and how important they are."""
+        return {"keys": nbytes(self.keys), "values": nbytes(self.values),
+                "index": nbytes(self.position) + nbytes(self.importance)}
 
 
 class NoCache:
@@ -130,15 +122,13 @@ class NoCache:
     def tensors(self):
         return ()
 
-    def payload_bytes(self) -> int:
-        return 0
-
-    def index_bytes(self) -> int:
-        return 0
+    def parts(self) -> dict[str, int]:
+        return {}
 
 
 class KVCache:
-    """A list of layer caches, anything with `tensors()`; the model keeps `length`, the number of positions stored."""
+    """A list of layer caches, anything with `tensors()` and `parts()` (their bytes, by what they hold); the model keeps
+    `length`, the number of positions stored."""
 
     def __init__(self, layers: list):
         self.layers, self.length = layers, 0
@@ -146,6 +136,23 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of all tensors held, for the whole batch and full capacity."""
         return sum(nbytes(t) for layer in self.layers for t in layer.tensors())
+
+    def parts(self) -> dict[str, int]:
+        """The same bytes by what they hold, summed over layers, of parts that have any: "keys" (with what is stored beside
+        a key to be one, e.g. the query of a transposed score), "values", "latents" that keys and values are made from,
+        "queries", "features" of an MLP, and the "index" of pruning."""
+        found: dict[str, int] = {}
+        for layer in self.layers:
+            for name, size in layer.parts().items():
+                found[name] = found.get(name, 0) + size
+        return {name: size for name, size in found.items() if size}
+
+
+def end_after(length: int, count: int, capacity: int) -> int:
+    """The length after `count` more positions. ValueError if there is no room for them."""
+    if length + count > capacity:
+        raise ValueError(f"the cache holds {capacity} positions, {length + count} were asked for")
+    return length + count
 
 
 def nbytes(t) -> int:
@@ -156,12 +163,3 @@ def nbytes(t) -> int:
 def position_type(capacity: int):
     """The smallest integer type for positions below `capacity`."""
     return torch.int16 if capacity <= 2 ** 15 else torch.int32
-
-
-def savings(cache: KVCache, full: KVCache) -> dict[str, float]:
-    """By which share `cache` is smaller than `full`, a cache of keys and values of every token: of the values alone, of the
-    values with the index and the importance that pruning needs, and of all bytes. The first two count values only."""
-    values, whole = (sum(layer.payload_bytes() for layer in one.layers) for one in (cache, full))
-    index = sum(layer.index_bytes() for layer in cache.layers)
-    return {"values": 1 - values / whole, "values_and_index": 1 - (values + index) / whole,
-            "kv_cache": 1 - cache.nbytes() / full.nbytes()}

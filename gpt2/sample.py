@@ -109,27 +109,16 @@ def load_model(folder: Path, device: str):
     if not (folder / ".config").is_file():
         raise UserError(f"{shown(folder)} is no cell: it has no .config.",
                         "give a folder test_<step>_<optimizer>_<pruning> of a study's results.")
-    if not (folder / "model.pt").is_file():
-        raise UserError(f"{shown(folder)} has no model.pt: it is not finished, SAVE_MODEL was off, or it was unpacked from an "
-                        "archive.", "run the cell with SAVE_MODEL=y.")
     cfg = Study(config=folder / ".config").config
 
     import torch
 
-    from gpt2.model import GPT
-    from lib import checkpoint, runtime
+    from gpt2 import trained
+    from lib import runtime
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda was given, but torch sees no GPU.", "leave it out.")
-    model, state = GPT(cfg), checkpoint.load(folder / "model.pt").get("model")
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"{shown(folder / 'model.pt')} is not of the model that its .config describes "
-                        f"({str(error).splitlines()[-1].strip()}).", "make, which trains the cell anew.") from None
-    if not all(torch.isfinite(p).all() for p in model.parameters()):
-        raise UserError(f"{shown(folder / 'model.pt')} holds numbers that are not finite: its training diverged.",
-                        "choose a cell that did not.")
+    model = trained.load(folder, cfg)
     where = runtime.setup(cfg.replace(DEVICE=device, GPT2_AMP_DTYPE="float32"))
     return model.to(where).eval().bake(), cfg
 

@@ -180,6 +180,7 @@ def run_cell(folder: Path) -> int:
     else:
         (folder / "model.pt").unlink(missing_ok=True)  # of an earlier try that failed after saving it
     clock.switch("other")
+    cache = model.new_cache(1, dtype=model.cache_dtype or getattr(torch, runtime.precision(cfg, device)))
     clocks, tokens = progress.clocks, progress.iteration * tokens_per_iteration(cfg)
     results.write(
         folder, provenance, state, reason, inactive=progress.inactive,
@@ -192,7 +193,7 @@ def run_cell(folder: Path) -> int:
         calibration_seconds=clocks["calibration"], checkpoint_seconds=clocks["checkpoint"],
         other_seconds=clocks["other"], resumed=progress.resumed,
         parameters=sum(p.numel() for p in model.parameters()), sizes=model.sizes(),
-        kv_cache_bytes=model.new_cache(1, dtype=model.cache_dtype or getattr(torch, runtime.precision(cfg, device))).nbytes(),
+        kv_cache_bytes=cache.nbytes(), kv_cache_parts=cache.parts(),
         peak_memory_bytes=max(progress.peak_memory_bytes, runtime.peak_memory_bytes(device)),
         data=corpus.record() | {"eval_hash": progress.eval_hash, "unigram_entropy": progress.unigram_entropy},
         environment=environment,

@@ -5,6 +5,9 @@ weights, checkpoints or locks. Equal cells give equal bytes. `unpack` takes an a
 of an exact pattern, regular files, bounded sizes, and all of it is judged before anything of the study is touched. A
 cell then appears whole, by a rename, and counts as done because its identity is that of the configured study's cell. What
 is finished here is never replaced; what is replaced goes to archive/.
+
+What was measured of a cell's model afterwards (fisher.json) travels with it and is no part of its result: it does not make
+two results differ, and is added to a finished cell that has none.
 """
 
 import gzip
@@ -26,7 +29,8 @@ from lib.errors import UserError
 from lib.paths import shown
 from lib.plan import Plan, archive
 
-CELL_FILES = (".config", "provenance.json", "metrics.json", "metrics.jsonl", "training.log")
+AFTERWARDS = ("fisher.json",)  # of scripts/fim.py, which needs the weights
+CELL_FILES = (".config", "provenance.json", "metrics.json", "metrics.jsonl", "training.log", *AFTERWARDS)
 NEEDED = CELL_FILES[:3]
 CELL = re.compile(r"test_[A-Za-z0-9_.+-]+")
 MEMBER = re.compile(rf"({CELL.pattern})/(?:{'|'.join(map(re.escape, CELL_FILES))})|plan/(?:[0-9a-f]{{16}}|design)\.json")
@@ -304,7 +308,7 @@ def _compare(out: Path, holder: Path, cells: list[str]) -> Unpacked:
         if not os.path.lexists(here):
             report.added.append(name)
         elif _finished(here):
-            if any(not _equal(here / new.name, new) for new in (holder / name).iterdir()):
+            if any(not _equal(here / new.name, new) for new in (holder / name).iterdir() if new.name not in AFTERWARDS):
                 raise _other_result(here)
             report.same.append(name)
         elif is_locked(here):
@@ -351,6 +355,10 @@ def _merge(out: Path, holder: Path, report: Unpacked) -> None:
             if name in report.replaced:
                 archive(out, name)
             (holder / name).rename(out / name)
+        for name in report.same:
+            for new in (holder / name / one for one in AFTERWARDS):
+                if new.exists() and not os.path.lexists(out / name / new.name):
+                    new.rename(out / name / new.name)
     for stored in sorted((holder / "plan").glob("*.json")):
         if not (out / "plan" / stored.name).exists():
             (out / "plan").mkdir(exist_ok=True)

@@ -22,7 +22,7 @@ KEYS = (
     "val_loss", "val_perplexity", "best_val_loss", "train_loss",
     "iterations", "tokens", "train_seconds", "tokens_per_second", "budget_progress",
     "compile_seconds", "eval_seconds", "calibration_seconds", "checkpoint_seconds", "other_seconds", "resumed",
-    "parameters", "sizes", "kv_cache_bytes", "peak_memory_bytes", "compression",
+    "parameters", "sizes", "kv_cache_bytes", "kv_cache_parts", "peak_memory_bytes", "compression",
     "data", "environment", "configuration", "started", "finished",
 )
 

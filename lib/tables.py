@@ -42,6 +42,11 @@ def count(number: float) -> str:
     return f"{number:g}"
 
 
+def size(count: float) -> str:
+    """Bytes as KiB or MiB: '320 KiB', '14.1 MiB'."""
+    return f"{count / 2 ** 20:.1f} MiB" if count >= 2 ** 20 else f"{count / 2 ** 10:.0f} KiB"
+
+
 def plural(number: int, noun: str) -> str:
     """'1 seed', '3 seeds'."""
     return f"{number} {noun}" + ("" if number == 1 else "s")

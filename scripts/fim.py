@@ -8,6 +8,7 @@ learning-rate sweep are left out. make's variables arrive in the environment (OU
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -16,9 +17,8 @@ from statistics import fmean, stdev
 import numpy as np
 import torch
 
-from gpt2 import fisher
-from gpt2.model import GPT
-from lib import atomic, checkpoint, design, runtime
+from gpt2 import fisher, trained
+from lib import atomic, design, runtime
 from lib.arms import group, reference
 from lib.config import announce
 from lib.data import EvalSet, open_corpus
@@ -39,13 +39,28 @@ def basis(record: dict, windows: int) -> dict:
             "eval_hash": record["data"]["eval_hash"], "windows_asked": windows}
 
 
-def read(folder: Path) -> dict | None:
-    """The fisher.json in `folder`; None if there is none that can be read."""
+def read(folder: Path, cfg) -> dict | None:
+    """The fisher.json in `folder`; None if there is none that can be read, or it is not what `measure` gives of a model of
+    this configuration: it may have come in somebody's archive (lib/bundle.py)."""
     try:
         found = json.loads((folder / NAME).read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    names = {f"fisher/layer{layer}/head{head}/{metric}" for layer in range(cfg.GPT2_N_LAYER) for head in range(cfg.GPT2_N_HEAD)
+             for metric in fisher.METRICS}
+    try:
+        well_formed = (found["metrics"].keys() == names and all(map(is_number, found["metrics"].values()))
+                       and all(isinstance(why, str) for why in found["undefined"].values())
+                       and len(found["positions"]) == 2
+                       and all(type(n) is int for n in [found["windows"], *found["positions"]]))
+    except (KeyError, TypeError, AttributeError):
+        return None
+    return found if well_formed else None
+
+
+def is_number(value) -> bool:
+    """Whether a metric may have this value: None where it is not defined."""
+    return value is None or (type(value) in (int, float) and math.isfinite(value))
 
 
 def write(path: Path, value: dict | str) -> None:
@@ -82,28 +97,13 @@ class Windows:
         return torch.from_numpy(inputs[[i * (len(inputs) - 1) // max(1, count - 1) for i in range(count)]])
 
 
-def trained_model(folder: Path, cfg, identity: str) -> GPT:
-    """The model of a finished cell, on the CPU. UserError if model.pt is damaged, of another cell, or does not fit."""
-    path = folder / "model.pt"
-    content = checkpoint.load(path)
-    if content.get("identity") != identity:
-        raise UserError(f"{shown(path)} is not the model of the result beside it.", "move the folder away and run make again.")
-    model = GPT(cfg)
-    try:
-        model.load_state_dict(content["model"])
-    except RuntimeError as error:
-        raise UserError(f"{shown(path)} does not fit the model of its configuration: {str(error).splitlines()[-1].strip()}.",
-                        "use the version of the code that trained it, or move the folder away and run make again.") from None
-    return model
-
-
 def measure(folder: Path, cell, record: dict, windows: Windows, count: int) -> dict:
     """What fisher.json of a cell holds. Forward passes are float32 on the cell's device."""
     cfg = cell.resolved.with_seed(cell.seed).config
     inputs = windows.choose(cfg, record["data"]["eval_hash"], count, cell.name)
     device = runtime.setup(cfg)
     torch.set_float32_matmul_precision("highest")
-    model = trained_model(folder, cfg, record["identity"]["hash"]).to(device)
+    model = trained.load(folder, cfg, record["identity"]["hash"]).to(device)
     metrics, undefined = fisher.measure(model, inputs.to(device))
     number, length = inputs.shape
     return basis(record, count) | {
@@ -120,12 +120,12 @@ def measure_all(plan: Plan, count: int) -> tuple[dict, dict]:
         if status.state != "done":
             missing[cell.name] = f"{status.state}: {status.why}"
             continue
-        held = read(folder)
+        held = read(folder, cell.resolved.config)
         if held is not None and held.items() >= basis(status.record, count).items():
             found[cell.name] = held
             print(f"{cell.name}: kept", flush=True)
             continue
-        if not (folder / "model.pt").exists():
+        if not (folder / trained.NAME).exists():
             missing[cell.name] = "its model is not there: SAVE_MODEL was off, or it was unpacked from an archive"
             continue
         begun = time.perf_counter()

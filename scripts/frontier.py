@@ -2,8 +2,8 @@
 
 Reads the finished cells of a results folder (default: the configured study's) and what `make bench-decode FILE=...` kept of the
 same steps at the same sizes, and writes frontier.md and frontier.png into the folder. Every finished cell with a cache takes
-part; a step whose speed was not measured, or at other sizes, stands in the panel of bytes only. A cell whose mechanism never
-acted within its budget is left out.
+part; a step whose speed was not measured, or at other sizes, stands in the panel of bytes only, and frontier.md says why. A
+cell whose mechanism never acted within its budget is left out.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def read_decode(path: Path) -> dict:
     try:
         record = json.loads(path.read_text())
         known = record["format"] == 1 and all({"step", "context", "batch", "error"} <= row.keys() for row in record["rows"])
-        measured = {"device", "torch"} <= record["environment"].keys() and "batches" in record
+        measured = {"device", "torch"} <= record["environment"].keys() and {"batches", "baseline"} <= record.keys()
     except FileNotFoundError:
         raise UserError(f"there is no {shown(path)}.", again) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -76,14 +76,12 @@ def main(arguments: list[str] | None = None) -> None:
 
         found = frontier.points(records, decode, batch)
         context = records[0]["configuration"]["GPT2_BLOCK_SIZE"]
-        where = (f"Speed: batch {batch}, context {context}, {decode['environment']['device']}, torch "
-                 f"{decode['environment']['torch']}, {decode['dtype']}.")
-        text, picture = frontier.markdown(found, where), charts.png(frontier.chart(found, study, where))
+        where = (f"Speed: relative to {decode['baseline']}, timed beside each; batch {batch}, context {context}, "
+                 f"{decode['environment']['device']}, torch {decode['environment']['torch']}, {decode['dtype']}.")
+        picture = charts.png(frontier.chart(found, study, where, decode["baseline"]))
+        text = frontier.markdown(found, where)
     except ModuleNotFoundError as error:
         raise UserError(f"the picture needs {error.name}, which is not installed.", f"pip install {error.name}.") from None
-    untimed = [p["name"] for p in found if not p["tokens_per_second"] and not p["name"].endswith(frontier.PCA)]
-    if untimed:
-        text += f"\nNot timed at these sizes: {', '.join(untimed)}.\n"
     atomic.write_text(out / "frontier.md", text)
     atomic.write_bytes(out / "frontier.png", picture)
     print(text + f"\nwritten to {shown(out / 'frontier.md')}, .png")

@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
-from gpt2.kv_cache import savings
 from gpt2.model import GPT
 from lib.config import defconfig_names, load
 from lib.kconfig import read_layer
+from lib.report.caches import savings
 from lib.steps import step_files, step_header
 from scripts.listing import classes_of_steps
 from tests.harness import ROOT
@@ -68,8 +68,9 @@ def test_sizes_of_caches_are_those_of_the_caches():
         (row,) = (row for row in rows("choice", "what is dropped", "cache at T=1024") if row[0] == f"`{choice}`")
         assert float(row[2].removesuffix(" MiB")) == pytest.approx(cache(step).nbytes() / 2 ** 20, abs=0.05)
     for step, *shares in rows("step", "values", "values, index and importance", "whole KV cache"):
-        assert shares[:2] == [f"{100 * share:.1f} %" for share in list(savings(cache(step), full).values())[:2]]
-        assert shares[2] == f"{100 * savings(cache(step), full)['kv_cache']:.0f} %"
+        found = savings(cache(step).parts(), full.parts())
+        assert shares[:2] == [f"{100 * share:.1f} %" for share in list(found.values())[:2]]
+        assert shares[2] == f"{100 * found['kv_cache']:.0f} %"
 
 
 def test_symbols_files_and_metrics_named_in_the_text_exist():

@@ -38,6 +38,7 @@ from torch import nn
 
 from gpt2.attention.baseline import CausalSelfAttention, causal_mask
 from gpt2.coupling import Coupling
+from gpt2.kv_cache import end_after, nbytes
 from gpt2.layers import INIT_STD, Linear, residual_std
 from gpt2.rules import hidden_width, resolve_size
 
@@ -56,9 +57,7 @@ class LatentCache:
 
     def append(self, latent_keys, latent_values):
         """Store n more positions, [batch, n, L] each; returns those of all positions so far, in the type given."""
-        end = self.length + latent_keys.size(1)
-        if end > self.latent_keys.size(1):
-            raise ValueError(f"the cache holds {self.latent_keys.size(1)} positions, {end} were asked for")
+        end = end_after(self.length, latent_keys.size(1), self.latent_keys.size(1))
         self.latent_keys[:, self.length:end] = latent_keys
         self.latent_values[:, self.length:end] = latent_values
         self.length = end
@@ -78,6 +77,11 @@ class LatentCache:
 
     def tensors(self):
         return tuple(t for t in (self.latent_keys, self.latent_values, self.queries, self.features) if t is not None)
+
+    def parts(self) -> dict[str, int]:
+        kept = {"queries": self.queries, "features": self.features}
+        return {"latents": nbytes(self.latent_keys) + nbytes(self.latent_values),
+                **{name: nbytes(t) for name, t in kept.items() if t is not None}}
 
 
 class LatentBandAttention(CausalSelfAttention):

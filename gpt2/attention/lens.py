@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from gpt2.attention.baseline import CausalSelfAttention
-from gpt2.kv_cache import LayerCache
+from gpt2.kv_cache import LayerCache, nbytes
 from gpt2.layers import INIT_STD, Linear, residual_std
 from gpt2.rules import resolve_size
 
@@ -47,6 +47,13 @@ class ColumnVector(nn.Module):
     def __init__(self, n_head: int, head_dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_head, head_dim))
+
+
+class LatentLensCache(LayerCache):
+    """Of lens attention with a latent: latents in the keys' place, queries (or nothing) in the values'."""
+
+    def parts(self) -> dict[str, int]:
+        return {"latents": nbytes(self.keys), "queries": nbytes(self.values)}
 
 
 class LensAttention(CausalSelfAttention):
@@ -104,7 +111,7 @@ class LensAttention(CausalSelfAttention):
         if self.latent is None:
             return super().new_cache(batch_size, capacity, dtype, device)
         queries = self.n_embd if self.transpose else 0
-        return LayerCache(batch_size, 1, capacity, self.latent, dtype, device, value_dim=queries)
+        return LatentLensCache(batch_size, 1, capacity, self.latent, dtype, device, value_dim=queries)
 
     def weights(self) -> dict:
         """{"std": w_std, ...} for the terms that there are, each [n_head]."""

@@ -15,7 +15,7 @@ import numpy as np
 from lib import anytime, design, stats
 from lib.arms import Group, compare, group, reference, refuse_copies
 from lib.classes import FunctionClass, function_classes
-from lib.report import compression
+from lib.report import caches, compression
 from lib.tables import plural
 from lib.verdicts import Comparison
 
@@ -81,6 +81,7 @@ def _step(plan, groups: list[Group], one: Group, comparison: Comparison | None, 
         "states": {state: states.count(state) for state in dict.fromkeys(states)},
         "seeds_done": len(records), "seeds_planned": len(one.cells), "mean": _means(list(records.values())),
         "comparison": comparison and _comparison(one, base, comparison, test, evaluations),
+        "kv_cache": caches.compared(*([s.record for _, s in arm.cells if s.state == "done"] for arm in (one, base))),
         "configuration": config, "differs": {k: [other[k], config[k]] for k in config if config[k] != other[k]},
         "curves": [_curve(seed, rows) for seed, rows in sorted(curves.items())],
         "gates_by_layer": [gate for seed, rows in sorted(curves.items()) for gate in _gates(seed, rows)],

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from lib import atomic
-from lib.report import markdown
+from lib.report import caches, markdown
 
 NEEDED = ("jinja2", "vl_convert")  # for the page and the pictures
 CSV_COLUMNS = ("name", "step", "optimizer", "control", "tuned", "seeds_done", "seeds_planned")
@@ -42,12 +42,14 @@ def spreadsheet(content: dict) -> str:
     """One row a step; an empty field where there is no value."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*CSV_COLUMNS, *CSV_MEANS, *CSV_COMPARISON, *(f"{v}_{k}" for v, keys in CSV_VIEWS.items() for k in keys)])
+    writer.writerow([*CSV_COLUMNS, *CSV_MEANS, *CSV_COMPARISON, *(f"{v}_{k}" for v, keys in CSV_VIEWS.items() for k in keys),
+                     *(f"smaller_{share}" for share in caches.SHARES)])
     for step in content["steps"]:
         comparison = step["comparison"] or {}
         views = [(comparison.get(view) or {}).get(key) for view, keys in CSV_VIEWS.items() for key in keys]
+        smaller = step["kv_cache"]["smaller"] or {}
         writer.writerow([*(step[key] for key in CSV_COLUMNS), *(step["mean"][key] for key in CSV_MEANS),
-                         *(comparison.get(key) for key in CSV_COMPARISON), *views])
+                         *(comparison.get(key) for key in CSV_COMPARISON), *views, *map(smaller.get, caches.SHARES)])
     return file.getvalue()
 
 

@@ -2,7 +2,8 @@
 
 `points(records, decode)` takes the metrics.json of a study's finished cells and what `make bench-decode` kept; `chart` and
 `markdown` show them. Losses are the cells' own, in nats, means over seeds with the smallest and the largest; bytes are of one
-sequence of the study's context; speeds are those of the benchmark at that context, of an untrained model of the same sizes.
+sequence of the study's context; speeds are those of the benchmark at that context, of an untrained model of the same sizes,
+as ratios to the baseline that was timed beside it: tokens/s of two steps are minutes apart, on a machine that may have changed.
 
 A cell that compressed a trained model (lib/report/compression.py) also gives a point for plain PCA of the same width: its loss
 is measured, its bytes are the same, its speed is not known.
@@ -14,12 +15,11 @@ and is better in one of the two. Differences of means are not verdicts: those ar
 import math
 from statistics import fmean
 
-from lib.report import charts
+from lib.report import charts, labels
 from lib.tables import table
 
 PCA = ", plain PCA"
 WIDTH, HEIGHT = 400, 330  # of a panel, pixels
-LETTER, LINE, GAP = 7.0, 15, 10  # a label's width a letter and its height, and its distance from the point, pixels
 SHAPES = ["circle", "square", "diamond", "triangle-up", "triangle-down", "triangle-right", "triangle-left"]
 
 
@@ -35,12 +35,12 @@ def points(records: list[dict], decode: dict, batch: int) -> list[dict]:
         found.append(_point(name, cells, {r["seed"]: r["val_loss"] for r in cells}) | _speed(cells[0], decode, batch))
         if compressed := {r["seed"]: r["compression"]["val_loss_pca"] for r in cells
                          if r.get("compression") and r["compression"]["val_loss"] == r["val_loss"]}:  # of the same weights
-            found.append(_point(name + PCA, cells, compressed) | dict.fromkeys(("tokens_per_second", "slowest", "fastest")))
+            found.append(_point(name + PCA, cells, compressed) | _untimed(None))
     found.sort(key=lambda p: (-p["cache_bytes"], p["name"]))
     for p in found:
         p["on_bytes"] = not any(_beats(q, p, lambda x: x["cache_bytes"]) for q in found)
-        timed = [q for q in found if q["tokens_per_second"]]
-        p["on_speed"] = p in timed and not any(_beats(q, p, lambda x: -x["tokens_per_second"]) for q in timed)
+        timed = [q for q in found if q["speed"]]
+        p["on_speed"] = p in timed and not any(_beats(q, p, lambda x: -x["speed"]) for q in timed)
     return found
 
 
@@ -52,14 +52,31 @@ def _point(name: str, cells: list[dict], losses: dict[int, float]) -> dict:
 
 def _speed(record: dict, decode: dict, batch: int) -> dict:
     """Of the benchmark's row of this step at the study's context, if its cache has as many bytes: one of another size or
-    precision is another model's."""
-    wanted = {"step": record["step"], "context": record["configuration"]["GPT2_BLOCK_SIZE"], "batch": batch, "error": None,
-              "cache_bytes": batch * record["kv_cache_bytes"]}
-    for row in decode["rows"]:
-        if wanted.items() <= row.items():
-            return {"tokens_per_second": row["tokens_per_second"], "slowest": row["tokens_per_second_min"],
-                    "fastest": row["tokens_per_second_max"]}
-    return dict.fromkeys(("tokens_per_second", "slowest", "fastest"))
+    precision is another model's. Without one `untimed` says why."""
+    rows = [row for row in decode["rows"] if row["step"] == record["step"]]
+    if not rows:
+        return _untimed("it is not in the file")
+    context = record["configuration"]["GPT2_BLOCK_SIZE"]
+    rows = [row for row in rows if (row["context"], row["batch"] or batch) == (context, batch)]  # no batch: nothing fitted
+    if not rows:
+        return _untimed(f"the file has it at other contexts or batches than {context} and {batch}")
+    timed = [row for row in rows if not row["error"]]
+    if not timed:
+        return _untimed(rows[0]["error"])
+    for row in timed:
+        if row["cache_bytes"] == batch * record["kv_cache_bytes"]:
+            return {"tokens_per_second": row["tokens_per_second"], "speed": row["speed"], "slowest": row["speed_min"],
+                    "fastest": row["speed_max"], "untimed": None}
+    return _untimed(f"a sequence's cache has {_kib(timed[0]['cache_bytes'] / batch)} KiB in the file and "
+                    f"{_kib(record['kv_cache_bytes'])} here: another precision, or other sizes")
+
+
+def _untimed(why: str | None) -> dict:
+    return {"tokens_per_second": None, "speed": None, "slowest": None, "fastest": None, "untimed": why}
+
+
+def _kib(count: float) -> str:
+    return f"{count / 2 ** 10:,.4g}" if count < 2 ** 20 else f"{count / 2 ** 10:,.0f}"
 
 
 def _beats(one: dict, other: dict, cost) -> bool:
@@ -78,33 +95,36 @@ def markdown(found: list[dict], where: str) -> str:
     largest = max(p["cache_bytes"] for p in found)
     rows = [[p["name"], str(p["n"]), f"{p['val_loss']:.4f}", f"{p['low']:.4f} .. {p['high']:.4f}",
              f"{p['cache_bytes'] / size:.3g}", f"{p['cache_bytes'] / largest:.3f}",
-             f"{p['tokens_per_second']:,.0f}" if p["tokens_per_second"] else "-",
-             f"{p['slowest']:,.0f} .. {p['fastest']:,.0f}" if p["tokens_per_second"] else "-",
+             *((f"{p['tokens_per_second']:,.0f}", f"{p['speed']:.3f}", f"{p['slowest']:.3f} .. {p['fastest']:.3f}")
+               if p["speed"] else "---"),
              " and ".join(w for w, on in (("bytes", p["on_bytes"]), ("speed", p["on_speed"])) if on)] for p in found]
     header = ["step", "seeds", "final val loss", "min .. max", f"cache, {name}", "of the largest", "tokens/s decoded",
-              "min .. max", "frontier of"]
-    return f"# Loss, cache and decoding speed\n\n{where}\n\n" + table(header, rows, "lrrrrrrrl")
+              "speed", "min .. max", "frontier of"]
+    text = f"# Loss, cache and decoding speed\n\n{where}\n\n" + table(header, rows, "lrrrrrrrrl")
+    untimed = [f"- {p['name']}: {p['untimed']}\n" for p in found if p["untimed"]]
+    return text + ("\nNot timed:\n\n" + "".join(untimed) if untimed else "")
 
 
-def chart(found: list[dict], title: str, where: str) -> dict:
-    """Two panels with one axis of loss: by bytes of cache (smaller is to the left) and by tokens/s (faster is to the right)."""
+def chart(found: list[dict], title: str, where: str, baseline: str) -> dict:
+    """Two panels with one axis of loss: by bytes of cache (smaller is to the left) and by speed (faster is to the right)."""
     name, size = unit(found)
     low, high = (pick(end(p) for p in found) for pick, end in ((min, lambda p: p["low"]), (max, lambda p: p["high"])))
     space = 0.12 * (high - low) or 0.01
     losses = (low - space, high + space)
     marks = looks(found)
     cache = [p | {"x": p["cache_bytes"] / size, "x_low": None, "x_high": None, "on": p["on_bytes"]} for p in found]
-    speed = [p | {"x": p["tokens_per_second"], "x_low": p["slowest"], "x_high": p["fastest"], "on": p["on_speed"]}
-             for p in found if p["tokens_per_second"]]
+    speed = [p | {"x": p["speed"], "x_low": p["slowest"], "x_high": p["fastest"], "on": p["on_speed"]}
+             for p in found if p["speed"]]
     few, many = (pick(p["x"] for p in cache) for pick in (min, max))
     top = 1.12 * max(p["x_high"] for p in speed) if speed else 1
     panels = [_panel(cache, losses, (few / 1.5, many * 1.5), True, f"cache of one sequence ({name})", marks),
-              *([_panel(speed, losses, (0, top), False, "tokens decoded per second", marks)] if speed else [])]
+              *([_panel(speed, losses, (0, top), False, f"decoding speed, relative to {baseline}", marks)] if speed else [])]
     return {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", "hconcat": panels, "spacing": 28,
             "title": {"text": title, "subtitle": [
-                where, "Point: mean over seeds; bar: smallest to largest seed; dots: single seeds; hollow: plain PCA in the "
-                "codec's place.",
-                "Line: the frontier, where no other step is as good with a smaller cache (left) or a higher speed (right)."]},
+                where, "Point: mean over seeds; bar: smallest to largest seed; dots: single seeds; hollow, unnamed: "
+                "plain PCA in the place of its codec.",
+                "Line: the frontier, where no other step is as good with a smaller cache (left) or a higher speed (right). It "
+                "joins means; verdicts are the report's."]},
             "description": "; ".join(f"{p['name']}: loss {p['val_loss']:.4f}, cache {p['cache_bytes']} bytes" for p in found)}
 
 
@@ -119,7 +139,7 @@ def _panel(at: list[dict], losses: tuple, ends: tuple, log: bool, title: str, ma
     x = {"type": "quantitative", "scale": {"domain": list(ends), "nice": False, "zero": False} | (
         {"type": "log", "base": 2} if log else {}),
         "axis": {"title": title, "grid": False, "labelFlush": True, "tickCount": 6,
-                 "labelExpr": "datum.value == 0 ? '0' : format(datum.value, '~s')",
+                 "labelExpr": "format(datum.value, '~g')",
                  "labelOverlap": True}}
     y = {"type": "quantitative", "scale": {"domain": list(losses), "nice": False, "zero": False},
          "axis": {"title": "final validation loss (nats)" if log else None, "tickCount": 7, "format": ".4~f"}}
@@ -135,7 +155,7 @@ def _panel(at: list[dict], losses: tuple, ends: tuple, log: bool, title: str, ma
         both = {"x": x | {"field": "x"}, "y": y | {"field": "val_loss"}}
         return both | fields
 
-    labels = placed(at, losses, ends, log)
+    names = placed(at, losses, ends, log)
     return {"width": WIDTH, "height": HEIGHT, "layer": [
         {"data": {"values": line}, "mark": {"type": "line", "interpolate": "step-after" if log else "step-before",
                                             "color": charts.NEUTRAL, "strokeWidth": 1.5, "strokeDash": [4, 3]},
@@ -147,12 +167,12 @@ def _panel(at: list[dict], losses: tuple, ends: tuple, log: bool, title: str, ma
         {"data": {"values": plain}, "transform": [{"filter": "isValid(datum.x_low)"}],
          "mark": {"type": "rule", "strokeWidth": 1.6},
          "encoding": here(x=x | {"field": "x_low"}, x2={"field": "x_high"}, color=colour)},
-        {"data": {"values": labels}, "transform": [{"filter": "datum.moved"}], "mark": {"type": "rule", "strokeWidth": 0.7},
+        {"data": {"values": names}, "transform": [{"filter": "datum.moved"}], "mark": {"type": "rule", "strokeWidth": 0.7},
          "encoding": here(x2={"field": "label_x"}, y2={"field": "label_y"})},
         {"data": {"values": plain}, "mark": {"type": "point", "size": 75, "opacity": 1, "strokeWidth": 2},
          "encoding": here(color=colour, fill=colour, shape={"field": "shape", "type": "nominal", "scale": None},
                           fillOpacity={"field": "filled", "type": "quantitative", "scale": None}, tooltip=tooltip)},
-        *({"data": {"values": [label for label in labels if label["align"] == side]},
+        *({"data": {"values": [name for name in names if name["align"] == side]},
            "mark": {"type": "text", "align": side, "baseline": "middle", "fontSize": 12} | halo,
            "encoding": here(x=x | {"field": "label_x"}, y=y | {"field": "label_y"}, text={"field": "name"})}
           for halo in ({"stroke": charts.LIGHT[-1], "strokeWidth": 4, "strokeJoin": "round"}, {})  # lines end before it
@@ -160,39 +180,29 @@ def _panel(at: list[dict], losses: tuple, ends: tuple, log: bool, title: str, ma
 
 
 def placed(at: list[dict], losses: tuple, ends: tuple, log: bool) -> list[dict]:
-    """A label beside every point, on the first free place of a few around it; `moved` where a thin line must lead to it."""
+    """A label of every point but plain PCA's, which has its codec's look; `moved` where a thin line must lead to it."""
     scale = math.log if log else float
     first, last = map(scale, ends)
 
     def pixels(x, loss):
         return (scale(x) - first) / (last - first) * WIDTH, (losses[1] - loss) / (losses[1] - losses[0]) * HEIGHT
 
-    taken = [(px - 7, py - 7, px + 7, py + 7) for px, py in (pixels(p["x"], p["val_loss"]) for p in at)]
-    taken += [(px - 2, top, px + 2, bottom) for p in at  # the bars of seeds
-              for (px, top), (_, bottom) in [(pixels(p["x"], p["high"]), pixels(p["x"], p["low"]))]]
-    found = []
-    for p in sorted(at, key=lambda p: p["val_loss"], reverse=True):
-        px, py = pixels(p["x"], p["val_loss"])
-        width = LETTER * len(p["name"])
-        places = []
-        for step in range(9):
-            for shift in ((0,) if step == 0 else (-step * LINE, step * LINE)):
-                for side in ("left", "right"):  # the side of the text that is at its anchor
-                    gap = GAP + (6 if step else 0)
-                    left = px + gap if side == "left" else px - gap - width
-                    box = (left, py + shift - LINE / 2, left + width, py + shift + LINE / 2)
-                    if box[0] >= 0 and box[2] <= WIDTH and box[1] >= 0 and box[3] <= HEIGHT:
-                        places.append((side, step, box))
-        free = (place for place in places if not any(_meet(place[2], other) for other in taken))
-        side, step, box = next(free, places[0] if places else ("left", 0, (px + GAP, py - 7, px + GAP + width, py + 8)))
-        taken.append(box)
-        anchor, middle = box[0] if side == "left" else box[2], (box[1] + box[3]) / 2
-        across = first + anchor / WIDTH * (last - first)
-        found.append({"name": p["name"], "x": p["x"], "val_loss": p["val_loss"], "align": side, "moved": step > 0,
-                      "label_x": math.exp(across) if log else across,
-                      "label_y": losses[1] - middle / HEIGHT * (losses[1] - losses[0])})
+    marks: dict[str, list] = {}
+    for p in sorted(at, key=lambda p: (p["name"].endswith(PCA), -p["val_loss"])):
+        marks.setdefault(p["name"].removesuffix(PCA), []).append(pixels(p["x"], p["val_loss"]))
+    bars = []
+    for p in at:  # of seeds, and of rounds
+        (px, top), (_, bottom) = pixels(p["x"], p["high"]), pixels(p["x"], p["low"])
+        bars.append((px - 2, top, px + 2, bottom))
+        if p.get("x_low"):
+            (left, py), (right, _) = (pixels(p[end], p["val_loss"]) for end in ("x_low", "x_high"))
+            bars.append((left, py - 2, right, py + 2))
+    found, names = [], labels.place(marks, bars, (WIDTH, HEIGHT))
+    for p in at:
+        if p["name"] in names:
+            side, px, py, moved = names[p["name"]]
+            across = first + px / WIDTH * (last - first)
+            found.append({"name": p["name"], "x": p["x"], "val_loss": p["val_loss"], "align": side, "moved": moved,
+                          "label_x": math.exp(across) if log else across,
+                          "label_y": losses[1] - py / HEIGHT * (losses[1] - losses[0])})
     return found
-
-
-def _meet(a: tuple, b: tuple) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -1,7 +1,7 @@
 """The report as Markdown: what the terminal shows and report.md holds. Verdicts first, then what they rest on."""
 
-from lib.report import compression
-from lib.tables import count, duration, plural, table
+from lib.report import caches, compression
+from lib.tables import count, duration, plural, size, table
 from lib.verdicts import signed
 
 
@@ -18,7 +18,7 @@ def render(content: dict) -> str:
                   verdict_table(tuned, _against(tuned)), sentences(tuned)]
     if content["sweep"]:
         parts.append(sweep_table(content["sweep"]))
-    parts.append(compression.markdown(content.get("compression") or []))
+    parts += [compression.markdown(content.get("compression") or []), caches.markdown(content["steps"])]
     parts += ["## Cells\n", step_table(content["steps"]), "\n".join(f"- {line}" for line in facts(content)) + "\n"]
     return "\n".join(part for part in parts if part)
 
@@ -107,11 +107,6 @@ def step_table(steps: list[dict]) -> str:
                      _shown(mean["peak_memory_bytes"], lambda value: f"{value / 2 ** 20:.0f} MiB"), state])
     header = ["step", "perplexity", "tokens", "training", "tokens/s", "parameters", "KV cache", "peak memory", "state"]
     return table(header, rows, "lrrrrrrrl")
-
-
-def size(count: float) -> str:
-    """Bytes as KiB or MiB: '320 KiB', '14.1 MiB'."""
-    return f"{count / 2 ** 20:.1f} MiB" if count >= 2 ** 20 else f"{count / 2 ** 10:.0f} KiB"
 
 
 def _shown(value, form) -> str:

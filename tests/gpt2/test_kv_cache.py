@@ -5,12 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2.kv_cache import KVCache, LayerCache, NoCache, PrunedCache, savings
+from gpt2.kv_cache import KVCache, LayerCache, NoCache, PrunedCache
 from gpt2.model import GPT
 from lib.config import load
 from tests.gpt2.conftest import STEPS
 
 T = 32
+PARTS = {"keys", "values", "latents", "queries", "features", "index"}
 
 
 @pytest.fixture(scope="module", params=STEPS)
@@ -42,6 +43,8 @@ def test_bytes_are_counted_from_the_tensors(model):
     cache = model.new_cache(3, capacity=8, dtype=torch.bfloat16)
     held = [t for layer in cache.layers for t in layer.__dict__.values() if isinstance(t, torch.Tensor)]
     assert cache.nbytes() == sum(t.untyped_storage().nbytes() for t in held)
+    parts = cache.parts()
+    assert sum(parts.values()) == cache.nbytes() and all(parts.values()) and parts.keys() <= PARTS
     attention = model.transformer.h[0].attn
     if type(attention).__name__ in ("CausalSelfAttention", "UnifiedRAttention", "WalkAttention") and not attention.pruning:
         assert cache.nbytes() == 2 * 2 * 3 * 8 * 128 * 2
@@ -51,6 +54,15 @@ def test_36_mib_at_full_size():
     with torch.device("meta"):
         cache = GPT(load("gpt2-ra-ablation", "V1")).new_cache(1, dtype=torch.bfloat16)
     assert cache.nbytes() == 36 * 2 ** 20
+
+
+@pytest.mark.parametrize("step, parts", [
+    ("V0", {"keys": 18, "values": 18}), ("KT1", {"keys": 18}), ("MLA0", {"latents": 6}), ("L6", {"latents": 3, "queries": 18}),
+    ("G2M2", {"latents": 6, "queries": 18 / 16, "features": 3})])
+def test_mib_by_what_they_hold_at_full_size(step, parts):
+    with torch.device("meta"):
+        cache = GPT(load("gpt2-ra-ablation", step)).new_cache(1, dtype=torch.bfloat16)
+    assert {name: size / 2 ** 20 for name, size in cache.parts().items()} == parts
 
 
 @pytest.mark.parametrize("values_only", [False, True])
@@ -75,9 +87,8 @@ def test_a_pruned_cache_holds_what_was_retained_in_order(values_only):
 
 def test_bytes_of_a_pruned_cache_by_what_they_are_for():
     cache = PrunedCache(2, 2, 9, 3, torch.bfloat16, "cpu", value_dim=4, keep=5)
-    assert (cache.payload_bytes(), cache.index_bytes()) == (4 * 5 * 4 * 2, 4 * 5 * (2 + 4))
+    assert cache.parts() == {"keys": 4 * 5 * 3 * 2, "values": 4 * 5 * 4 * 2, "index": 4 * 5 * (2 + 4)}
     full = LayerCache(2, 2, 9, 3, torch.bfloat16, "cpu", value_dim=4)
-    assert (full.payload_bytes(), full.index_bytes()) == (4 * 9 * 4 * 2, 0)
-    assert NoCache().payload_bytes() == NoCache().index_bytes() == 0
-    found = savings(KVCache([cache, NoCache()]), KVCache([full]))
-    assert found == pytest.approx({"values": 1 - 160 / 288, "values_and_index": 1 - 280 / 288, "kv_cache": 1 - 400 / 504})
+    assert full.parts() == {"keys": 4 * 9 * 3 * 2, "values": 4 * 9 * 4 * 2} and NoCache().parts() == {}
+    whole = KVCache([cache, NoCache(), full])
+    assert whole.parts() == {"keys": 120 + 216, "values": 160 + 288, "index": 120}

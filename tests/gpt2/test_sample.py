@@ -142,17 +142,7 @@ def test_bad_input(cell, tmp_path, monkeypatch):
     assert refused("--cell", tmp_path) == (f"{tmp_path} is no cell: it has no .config.",
                                            "give a folder test_<step>_<optimizer>_<pruning> of a study's results.")
     (tmp_path / ".config").write_text((cell / ".config").read_text())
-    assert refused("--cell", tmp_path) == (
-        f"{tmp_path} has no model.pt: it is not finished, SAVE_MODEL was off, or it was unpacked from an archive.",
-        "run the cell with SAVE_MODEL=y.")
-    (tmp_path / "model.pt").write_bytes(b"no")
-    assert refused("--cell", tmp_path)[0].startswith(f"{tmp_path}/model.pt cannot be read: ")
-    checkpoint.save(tmp_path / "model.pt", model={})
-    assert refused("--cell", tmp_path)[0].startswith(f"{tmp_path}/model.pt is not of the model that its .config describes (")
-    state = checkpoint.load(cell / "model.pt")["model"]
-    state["transformer.ln_f.bias"][3] = float("nan")
-    checkpoint.save(tmp_path / "model.pt", model=state)
-    assert refused("--cell", tmp_path)[0] == f"{tmp_path}/model.pt holds numbers that are not finite: its training diverged."
+    assert refused("--cell", tmp_path)[0].startswith(f"{tmp_path} has no model.pt: ")
     assert refused("--cell", cell, "--prompt", "x" * (BLOCK + 1)) == (
         f"the prompt has {BLOCK + 1} tokens, more than the context of {BLOCK}.", "shorten it.")
     assert refused("V1", "--cell", cell)[0] == "both a step and --cell were given."

@@ -47,10 +47,11 @@ def machine(dotconfig, tmp_path):
 
 
 def logs(out, *cells):
-    """The files that a cell's process leaves besides its record, and some that must not travel."""
+    """The files that a cell's process and what came after it leave besides its record, and some that must not travel."""
     for cell in cells:
         (out / cell.name / "metrics.jsonl").write_text(f'{{"iteration": {cell.seed}}}\n')
         (out / cell.name / "training.log").write_text(f"{cell.name} trained\n")
+        (out / cell.name / "fisher.json").write_text(f"of {cell.name}")
         for name in ("model.pt", "checkpoint.pt", ".lock", "kvsplice_V1.pt", "notes.txt"):
             (out / cell.name / name).write_text("stays here")
 
@@ -85,13 +86,37 @@ def test_a_round_trip_brings_the_same_bytes_and_the_cells_count_as_done(machine,
     report = unpack(here, tmp_path / "x.tar.gz")
     assert (report.added, report.replaced, report.same) == (sorted(made.cells), [], [])
     expected = {k: v for k, v in contents(there.out).items() if os.path.basename(k) in bundle.CELL_FILES}
-    assert contents(here.out) == expected and len(expected) == 4 * 5
+    assert contents(here.out) == expected and len(expected) == 4 * 6
     assert set(states(here).values()) == {DONE} and not any(runs for _, _, runs in Plan(Options()).rows())
     assert not [p for p in tmp_path.rglob(".unpack-*")]
 
     before = snapshot(tmp_path)
     report = unpack(here, tmp_path / "x.tar.gz")
     assert (report.added, report.replaced, report.same) == ([], [], sorted(made.cells)) and snapshot(tmp_path) == before
+
+
+def test_what_was_measured_afterwards_travels_and_is_no_part_of_the_result(machine, tmp_path):
+    there, archive = machine("a"), tmp_path / "x.tar.gz"
+    finished(there)
+    for name in (V0, V1):
+        (there.out / name / "fisher.json").unlink()
+    pack(there.out, archive)
+    here = machine("b")
+    unpack(here, archive)
+    for name in (V0, V1):
+        (there.out / name / "fisher.json").write_text(f"of {name}")
+    (here.out / V0 / "fisher.json").write_text("its own")
+    pack(there.out, archive)
+    before = snapshot(here.out)
+    report = unpack(here, archive)
+    assert (report.added, report.replaced, report.same) == ([], [], [V0, V1])
+    after = snapshot(here.out)
+    new = after.keys() - before.keys()
+    assert [os.path.relpath(p, here.out) for p in new] == [f"{V1}/fisher.json"], "added to a cell that has none"
+    assert {p: after[p] for p in before} == before, "and what is here stays"
+    assert (here.out / V1 / "fisher.json").read_text() == f"of {V1}"
+    fresh = machine("c")
+    assert unpack(fresh, archive).added == [V0, V1] and (fresh.out / V0 / "fisher.json").read_text() == f"of {V0}"
 
 
 def test_plans_travel_and_those_that_are_there_stay(machine, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from lib.cells import expand
 from lib.config import Study
-from lib.report import charts, frontier
+from lib.report import charts, frontier, labels
 from scripts import frontier as tool
 from tests.harness import finish, refusal
 
@@ -20,12 +20,14 @@ def record(step, seed, loss, mib, pca=None, optimizer="adamw"):
 
 def row(step, speed, mib, batch=8, context=64, **more):
     return {"step": step, "context": context, "batch": batch, "error": None, "cache_bytes": int(mib * MIB) * batch,
-            "tokens_per_second": speed, "tokens_per_second_min": speed - 1, "tokens_per_second_max": speed + 2} | more
+            "tokens_per_second": 1000 * speed, "speed": speed / 100, "speed_min": speed / 100 - 0.01,
+            "speed_max": speed / 100 + 0.02} | more
 
 
 RECORDS = [record("V0", 1, 3.0, 8), record("V0", 2, 3.2, 8), record("C1", 1, 3.15, 4, pca=3.3),
            record("C1", 2, 3.25, 4, pca=3.5), record("M", 1, 3.4, 2), record("X", 1, 3.5, 4)]
-DECODE = {"format": 1, "batches": [1, 8], "dtype": "float32", "environment": {"device": "a GPU", "torch": "2.13.0"},
+DECODE = {"format": 1, "baseline": "V0", "batches": [1, 8], "dtype": "float32",
+          "environment": {"device": "a GPU", "torch": "2.13.0"},
           "rows": [row("V0", 100, 8), row("C1", 90, 4), row("M", 300, 2), row("X", 310, 4)]}
 
 
@@ -34,8 +36,9 @@ def test_a_point_a_step_and_one_a_plain_pca():
     assert list(found) == ["V0", "C1", "C1, plain PCA", "X", "M"], "most bytes first"
     v0, pca = found["V0"], found["C1, plain PCA"]
     assert (v0["n"], v0["low"], v0["high"], v0["by_seed"]) == (2, 3.0, 3.2, {"1": 3.0, "2": 3.2})
-    assert v0["val_loss"] == pytest.approx(3.1) and (v0["tokens_per_second"], v0["slowest"], v0["fastest"]) == (100, 99, 102)
-    assert pca["val_loss"] == pytest.approx(3.4) and pca["cache_bytes"] == 4 * MIB and pca["tokens_per_second"] is None
+    assert v0["val_loss"] == pytest.approx(3.1) and (v0["tokens_per_second"], v0["speed"], v0["slowest"], v0["fastest"]) == (
+        100_000, 1.0, 0.99, 1.02)
+    assert pca["val_loss"] == pytest.approx(3.4) and pca["cache_bytes"] == 4 * MIB and pca["speed"] is None
 
 
 def test_the_frontier_is_what_no_other_point_beats():
@@ -46,12 +49,24 @@ def test_the_frontier_is_what_no_other_point_beats():
     assert all(p["on_bytes"] for p in twins), "equals do not beat each other"
 
 
-@pytest.mark.parametrize("other", [
-    row("V0", 100, 8, batch=1), row("V0", 100, 8, context=32), row("V0", 100, 4), row("V0@X=1", 100, 8),
-    row("V0", 100, 8) | {"error": "out of memory"}])
-def test_a_speed_of_another_size_is_not_taken(other):
-    (point,) = frontier.points(RECORDS[:2], {"rows": [other]}, 8)
-    assert point["tokens_per_second"] is None and not point["on_speed"] and point["on_bytes"]
+ELSEWHERE = "the file has it at other contexts or batches than 64 and 8"
+
+
+@pytest.mark.parametrize("other, why", [
+    (row("V0", 100, 8, batch=1), ELSEWHERE), (row("V0", 100, 8, context=32), ELSEWHERE),
+    (row("V0", 100, 4), "a sequence's cache has 4,096 KiB in the file and 8,192 here: another precision, or other sizes"),
+    (row("V0@X=1", 100, 8), "it is not in the file"), (row("V0", 100, 8) | {"error": "out of memory"}, "out of memory"),
+    ({"step": "V0", "context": 64, "batch": None, "error": "it does not fit"}, "it does not fit")])
+def test_a_speed_of_another_size_is_not_taken_and_the_reason_is_given(other, why):
+    (point,) = found = frontier.points(RECORDS[:2], {"rows": [other]}, 8)
+    assert point["speed"] is None and not point["on_speed"] and point["on_bytes"]
+    assert frontier.markdown(found, "Where.").endswith(f"\n\nNot timed:\n\n- V0: {why}\n")
+
+
+def test_the_row_that_fits_is_taken_among_others_of_the_step():
+    rows = [row("V0", 1, 8, batch=1), row("V0", 2, 4), row("V0", 100, 8)]
+    (point,) = found = frontier.points(RECORDS[:2], {"rows": rows}, 8)
+    assert point["speed"] == 1 and "Not timed" not in frontier.markdown(found, "Where.")
 
 
 def test_several_optimizers_are_several_points():
@@ -64,8 +79,8 @@ def test_the_table():
     assert lines[:4] == ["# Loss, cache and decoding speed", "", "Where.", ""]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
     assert cells[0][4] == "cache, MiB" and cells[2] == [
-        "V0", "2", "3.1000", "3.0000 .. 3.2000", "8", "1.000", "100", "99 .. 102", "bytes and speed"]
-    assert cells[4] == ["C1, plain PCA", "2", "3.4000", "3.3000 .. 3.5000", "4", "0.500", "-", "-", ""]
+        "V0", "2", "3.1000", "3.0000 .. 3.2000", "8", "1.000", "100,000", "1.000", "0.990 .. 1.020", "bytes and speed"]
+    assert cells[4] == ["C1, plain PCA", "2", "3.4000", "3.3000 .. 3.5000", "4", "0.500", "-", "-", "-", ""]
 
 
 @pytest.mark.parametrize("log", [True, False])
@@ -77,18 +92,31 @@ def test_labels_stand_inside_and_neither_on_each_other_nor_on_points(log):
     for label in frontier.placed(at, losses, ends, log):
         x = (frontier.math.log(label["label_x"]) / frontier.math.log(9) if log else (label["label_x"] - 1) / 8) * frontier.WIDTH
         y = (losses[1] - label["label_y"]) / 0.2 * frontier.HEIGHT
-        wide = frontier.LETTER * len(label["name"])
+        wide = labels.wide(label["name"])
         left = x if label["align"] == "left" else x - wide
         assert left >= -1e-6 and left + wide <= frontier.WIDTH + 1e-6
         boxes.append((left + 0.01, y - 7, left + wide - 0.01, y + 7))
     assert len(boxes) == 7
-    assert not any(frontier._meet(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert not any(labels.meet(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_plain_pca_has_its_codecs_look_and_no_label_of_its_own():
+    at = [{"name": name, "x": 2, "val_loss": loss, "low": loss, "high": loss}
+          for name, loss in (("C1", 3.0), ("C1, plain PCA", 3.1))]
+    assert [label["name"] for label in frontier.placed(at, (2.9, 3.2), (1, 9), False)] == ["C1"]
+
+
+def test_a_label_does_not_stand_on_the_bar_of_rounds():
+    at = {"name": "V0", "x": 0.5, "val_loss": 3.0, "low": 3.0, "high": 3.0}
+    assert not frontier.placed([at], (2.9, 3.1), (0, 1), False)[0]["moved"]
+    assert frontier.placed([at | {"x_low": 0.3, "x_high": 0.7}], (2.9, 3.1), (0, 1), False)[0]["moved"]
 
 
 def test_the_picture_is_drawn_without_a_word_from_vega(capfd):
-    spec = frontier.chart(frontier.points(RECORDS, DECODE, 8), "study", "where")
+    spec = frontier.chart(frontier.points(RECORDS, DECODE, 8), "study", "where", "V0")
     assert len(spec["hconcat"]) == 2 and charts.png(spec).startswith(b"\x89PNG")
-    assert len(frontier.chart(frontier.points(RECORDS, {"rows": []}, 8), "study", "where")["hconcat"]) == 1, "no speeds at all"
+    untimed = frontier.points(RECORDS, {"rows": []}, 8)
+    assert len(frontier.chart(untimed, "study", "where", "V0")["hconcat"]) == 1, "no speeds at all"
     said = capfd.readouterr()
     assert "WARN" not in said.out + said.err and "rror" not in said.err
 
@@ -120,8 +148,10 @@ def test_the_files_of_a_folder_and_of_the_configured_study(study, capsys, given,
     tool.main([*([str(study / "out")] if given else []), "--batch", "1"])
     text = (study / "out/frontier.md").read_text()
     assert text in capsys.readouterr().out and (study / "out/frontier.png").read_bytes().startswith(b"\x89PNG")
-    assert "Speed: batch 1, context 64, a GPU, torch 2.13.0, float32." in text and "cache, KiB" in text
-    assert "\n| V0 " in text and "\n| V1 " in text and "V2" not in text and text.endswith("Not timed at these sizes: V1.\n")
+    assert "Speed: relative to V0, timed beside each; batch 1, context 64, a GPU, torch 2.13.0, float32." in text
+    assert "cache, KiB" in text
+    assert "\n| V0 " in text and "\n| V1 " in text and "V2" not in text
+    assert text.endswith("\nNot timed:\n\n- V1: it is not in the file\n")
 
 
 def test_bad_input(study, tmp_path):

@@ -15,11 +15,12 @@ from gpt2.attention.pruning import KVPruning
 from gpt2.attention.pruning_op import pruned_attention, ranks
 from gpt2.block import Block
 from gpt2.function_class import key
-from gpt2.kv_cache import KVCache, LayerCache, PrunedCache, savings
+from gpt2.kv_cache import KVCache, LayerCache, PrunedCache
 from gpt2.model import GPT
 from lib import optimizers
 from lib.config import load
 from lib.mechanisms import Mechanisms
+from lib.report.caches import savings
 
 B, H, D, T, KEEP, BLOCK = 2, 3, 5, 40, 15, 3  # the last block is shorter
 SCALE = D ** -0.5
@@ -396,7 +397,7 @@ def test_shares_saved_at_full_size(k):
     codec, sizes = k and SimpleNamespace(width=k), (1, 12, 1024, 64, torch.bfloat16, "meta")
     pruning = KVPruning(1024, 391, 64, values_only=True)
     small, full = KVCache([pruning.new_cache(*sizes, codec=codec)] * 12), KVCache([LayerCache(*sizes)] * 12)
-    found = savings(small, full)
+    found = savings(small.parts(), full.parts())
     assert tuple(f"{100 * share:.{places}f}" for share, places in zip(found.values(), (1, 1, 0), strict=True)) == SAVED[k]
     symbols = {} if k is None else {"KVSPLICE": True, "KVSPLICE_K": k}
     cfg = load("gpt2-ra-ablation", "V19", symbols)
