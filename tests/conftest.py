@@ -1,6 +1,7 @@
 """No test sees what the developer's shell or an outer make has set, and hypothesis gives the same examples every time."""
 
 import os
+import sys
 
 import pytest
 from hypothesis import settings
@@ -8,8 +9,28 @@ from hypothesis import settings
 settings.register_profile("kablate", deadline=None, derandomize=True, database=None)
 settings.load_profile("kablate")
 
+LONG = ("test_make.py", "test_training.py")  # the files with the longest tests
+
+
+def pytest_collection_modifyitems(items):
+    """Long tests first: no worker ends alone with one, and none takes from another the tests that share a made study."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 OF_THE_SHELL = ("KCONFIG_CONFIG", "RETRY", "NAME", "STUDY", "STEPS", "ALL", "FULL", "A", "B", "V", "TIME", "OUT", "SEEDS",
                 "FILE", "PORT", "FROM", "PROMPT", "TOKENS", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "srctree")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def limits_of_the_compiler():
+    """Set back what a module's tests set: torch's configuration takes what monkeypatch puts back for removed."""
+    if "torch" not in sys.modules:
+        yield
+        return
+    from torch._dynamo import config
+
+    with config.patch({name: getattr(config, name) for name in ("recompile_limit", "accumulated_recompile_limit")}):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,16 @@
 """What several test files share: commands run as a user runs them, copies of the tree, and cells made up on disk."""
 
+import contextlib
+import io
+import json
 import os
 import re
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -21,7 +27,8 @@ MEASURED = {
     "tokens": 256_000, "train_seconds": 20.0, "tokens_per_second": 12_800.0, "budget_progress": 1.0,
     "compile_seconds": 0.0, "eval_seconds": 61.0, "calibration_seconds": 0.0, "checkpoint_seconds": 0.1,
     "other_seconds": 2.0, "resumed": 0,
-    "parameters": 453_632, "sizes": {}, "kv_cache_bytes": 4096, "peak_memory_bytes": 300 * 2 ** 20, "compression": None,
+    "parameters": 453_632, "sizes": {}, "kv_cache_bytes": 4096, "kv_cache_parts": {"keys": 2048, "values": 2048},
+    "peak_memory_bytes": 300 * 2 ** 20, "compression": None,
     "data": {"name": "pystdlib", "tokenizer": "bytes", "train_tokens": 9_000_000, "train_hash": "fedcba9876543210",
              "eval_hash": "0123456789abcdef", "unigram_entropy": 3.25},
     "environment": {"device": "a CPU", "precision": "float32", "torch": "2.13.0", "compile": False, "threads": 1,
@@ -45,6 +52,32 @@ def run(module, *arguments, tree=ROOT, text=None, **variables):
                           input=text, env=os.environ | {k: str(v) for k, v in variables.items()})
 
 
+def run_here(*words) -> subprocess.CompletedProcess:
+    """python WORDS (a script, or -m and a module) within this process, which does not have to import torch once more.
+
+    The same code from the same first line; that the commands work in a process of their own is for tests of make and of
+    gpt2/test_train_ra_mla.py to say. The command's signal handlers and its changes of sys.path end with it.
+    """
+    words, out, err = [str(word) for word in words], io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    arguments = words[1:] if words[0] == "-m" else words
+    code = 0
+    try:
+        with (mock.patch.object(sys, "argv", arguments), mock.patch.object(sys, "path", list(sys.path)),
+              contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings()):
+            warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)  # from an earlier test
+            if words[0] == "-m":
+                runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
 def copy_tree(target: Path) -> Path:
     """The part of the project that configures, plans and reports, to change something in it."""
     target.mkdir(parents=True)
@@ -53,6 +86,33 @@ def copy_tree(target: Path) -> Path:
     for name in ("lib", "gpt2", "scripts", "defconfigs"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     return target
+
+
+TRAINS_NOTHING = """'Ends its cell at once, with a loss that follows from its step, its seed and its learning rate.'
+import json, math, random, sys
+from pathlib import Path
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from lib import results
+from lib.config import Study
+folder = Path(sys.argv[2])
+cfg, provenance = Study(config=folder / ".config").config, json.loads((folder / "provenance.json").read_text())
+loss = 3 + random.Random(f"{provenance['step']} {cfg.SEED}").gauss(0, 0.01)
+loss += math.log(cfg.LEARNING_RATE * cfg.LEARNING_RATE_MULT / 0.01) ** 2
+if cfg.SAVE_MODEL:
+    (folder / "model.pt").write_bytes(random.Random(cfg.SEED).randbytes(200_000))
+(folder / "metrics.jsonl").write_text(json.dumps({"iteration": cfg.GPT2_MAX_ITERS, "val_loss": loss}) + "\\n")
+measured = json.loads(Path(__file__).with_suffix(".json").read_text())
+measured |= {"val_loss": loss, "iterations": cfg.GPT2_MAX_ITERS, "configuration": cfg.as_json()}
+results.write(folder, provenance, "done", **measured)
+"""
+
+
+def copy_tree_that_trains_nothing(target: Path) -> Path:
+    """A copy whose trainer is a stand-in without torch: for what make, the plan and the report do with many cells."""
+    tree = copy_tree(target)
+    (tree / "gpt2/train_ra_mla.py").write_text(TRAINS_NOTHING)
+    (tree / "gpt2/train_ra_mla.json").write_text(json.dumps(MEASURED))
+    return tree
 
 
 def replace(path: Path, old: str, new: str) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import run_here
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -27,10 +29,16 @@ def test_make_commands(command, tmp_path):
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])
-def test_python_commands(command, tmp_path):
+def test_python_commands(command, tmp_path, monkeypatch):
     words = [sys.executable, *shlex.split(command)[1:]]
     if "--out" in words:
         words += ["--dry-run"]  # the arguments are read and the step is built, but not trained
+    if words[1] == "gpt2/train_ra_mla.py":  # as a process: tests/gpt2/test_train_ra_mla.py
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setenv("KCONFIG_CONFIG", str(tmp_path / "none"))
+        done = run_here(*words[1:])
+        assert done.returncode == 0, done.stdout + done.stderr
+        return
     done = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, env=os.environ | {
         "KCONFIG_CONFIG": str(tmp_path / "none"), "PYTEST_ADDOPTS": "--collect-only -n 0 -p no:cacheprovider"})
     assert done.returncode == 0, done.stdout + done.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.harness import ROOT, copy_tree, replace
+from tests.harness import ROOT, copy_tree, copy_tree_that_trains_nothing, replace
 
 STUDY = """CONFIG_MODEL_TINY=y
 CONFIG_DATA_PYSTDLIB=y
@@ -36,11 +36,14 @@ class Study:
         self.folder, self.tree, self.out = folder, tree, folder / "out"
         self.path = str(folder / "without")
         if not draws:
-            (folder / "without").mkdir()
-            (folder / "without/vl_convert.py").write_text("raise ModuleNotFoundError(name='vl_convert')\n")
+            self.draw_no_more()
         symbols = {"ABLATION_STEPS": '"V0 V1"', "GPT2_MAX_ITERS": 4, "OUTPUT_DIR": f'"{self.out}"'} | symbols
         self.config = folder / ".config"
         self.config.write_text(STUDY + "".join(f"CONFIG_{k}={v}\n" for k, v in symbols.items()))
+
+    def draw_no_more(self):
+        (self.folder / "without").mkdir()
+        (self.folder / "without/vl_convert.py").write_text("raise ModuleNotFoundError(name='vl_convert')\n")
 
     def environment(self, **extra):
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("GPT2_", "KABLATE_", "MAKE", "MFLAGS"))}
@@ -76,6 +79,12 @@ class Study:
         return found
 
 
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A tree whose cells end at once: what make does around many cells does not need them trained."""
+    return copy_tree_that_trains_nothing(tmp_path_factory.mktemp("quick") / "tree")
+
+
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -94,9 +103,10 @@ def snapshot(folder):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A study of two cells, run once."""
+    """A study of two cells, run and drawn once."""
     study = Study(tmp_path_factory.mktemp("finished"), draws=True)
     study.code, study.output = study.make()
+    study.draw_no_more()
     return study
 
 
@@ -134,7 +144,7 @@ def test_a_second_make_does_nothing(finished):
 
 def test_side_by_side_gives_the_same_numbers(finished, tmp_path):
     study = Study(tmp_path)
-    code, output = study.make("JOBS=2")
+    code, output = study.make("cells", "JOBS=2")
     assert code == 0 and "2 cells to run in" in output and ", 2 side by side" in output, output
     for step in ("V0", "V1"):
         assert equal(study.weights(step), finished.weights(step))
@@ -165,9 +175,9 @@ def test_more_seeds_run_only_what_is_missing_and_are_marked(finished):
     assert [p["plan"]["seeds"] for p in plans] == [[1337], [1337, 1338]] and [p["seen"] for p in plans] == [0, 1]
 
 
-def test_until_decided_adds_blocks_and_ends(tmp_path):
+def test_until_decided_adds_blocks_and_ends(tmp_path, quick):
     """Two looks, one plan, and a report at the end. Without a margin nothing can be equivalent."""
-    study = Study(tmp_path, SEEDS='"2"', MARGIN='"0.0"')
+    study = Study(tmp_path, tree=quick, SEEDS='"2"', MARGIN='"0.0"')
     code, output = study.make("UNTIL=decided", "MAX_SEEDS=4", "JOBS=2")
     assert code == 0, output
     assert "micro: 6 of 6 cells to run" in output and "undecided so far: V1\n" in output and "2 of 8 cells to run" in output
@@ -181,18 +191,17 @@ def test_until_decided_adds_blocks_and_ends(tmp_path):
 
 
 def test_a_failed_cell_ends_until_decided_with_a_report(tmp_path):
-    tree = copy_tree(tmp_path / "tree")
-    path = tree / "gpt2/attention/unified_ra.py"
-    start = "def from_config(cls, cfg, layer: int = 0):\n"
-    replace(path, start, f"{start}        raise MemoryError\n")
+    tree = copy_tree_that_trains_nothing(tmp_path / "tree")
+    start = "loss = 3 "
+    replace(tree / "gpt2/train_ra_mla.py", start, f"if provenance['step'] == 'V1':\n    raise MemoryError\n{start}")
     study = Study(tmp_path, tree=tree)
     code, output = study.make("UNTIL=decided")
     assert code == 2 and output.count("failed: exit status 1: MemoryError (see ") == 3, output
     assert "without a result: V1 seed 1337 (failed), V1 seed 1338 (failed), V1 seed 1339 (failed)" in output
 
 
-def test_the_learning_rate_sweep(tmp_path):
-    study = Study(tmp_path, ABLATION_STEPS='"V0 V1"', TUNE_LR='"0.25 1"', LEARNING_RATE='"0.05"')
+def test_the_learning_rate_sweep(tmp_path, quick):
+    study = Study(tmp_path, tree=quick, ABLATION_STEPS='"V0 V1"', TUNE_LR='"0.25 1"', LEARNING_RATE='"0.05"')
     code, output = study.make("tune-lr", "JOBS=2")
     assert code == 0, output
     found = json.loads((study.out / "report.json").read_text())
@@ -201,19 +210,19 @@ def test_the_learning_rate_sweep(tmp_path):
     assert found["complete"] and "## At each step's best learning rate" in output
 
 
-def test_cells_of_two_machines_make_one_study(tmp_path):
-    """Each has half of the seeds of one plan; the archive of one goes into the other's folder."""
+def test_cells_of_two_machines_make_one_study(tmp_path, quick):
+    """Each has half of the seeds of one plan; the archive of one, without weights, goes into the other's folder."""
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    one, other = (Study(tmp_path / name, SEEDS='"2"', SAVE_MODEL="n") for name in "ab")
+    one, other = (Study(tmp_path / name, tree=quick, SEEDS='"2"') for name in "ab")
     archive = tmp_path / "other.tar.gz"
     assert one.make("SEEDS=1337")[0] == 0 and other.make("SEEDS=1338", "JOBS=2")[0] == 0
-    assert "INCOMPLETE" in (one.out / "report.md").read_text() and not list(tmp_path.rglob("model.pt"))
+    assert "INCOMPLETE" in (one.out / "report.md").read_text() and len(list(tmp_path.rglob("model.pt"))) == 4
     assert other.make("pack", f"FILE={archive}")[0] == 0 and archive.stat().st_size < 100_000
     code, output = one.make("unpack", f"FILE={archive}")
     assert code == 0, output
     code, output = one.make()
-    assert code == 0 and "nothing to run, 4 cells" in output
+    assert code == 0 and "nothing to run, 4 cells" in output and len(list(one.out.rglob("model.pt"))) == 2
     found = json.loads((one.out / "report.json").read_text())
     assert found["complete"] and [s["seeds_done"] for s in found["steps"]] == [2, 2] and found["plan"]["later_seeds"] == []
 
@@ -224,7 +233,7 @@ def test_killed_cells_resume_bit_for_bit(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     straight, killed = Study(tmp_path / "a", **symbols), Study(tmp_path / "b", **symbols)
-    assert straight.make()[0] == 0
+    assert straight.make("cells")[0] == 0
     folder = killed.out / "test_V3_adamwspam_none"
     process = killed.start()
     wait_for(lambda: (folder / "checkpoint.pt").exists())
@@ -379,7 +388,7 @@ def test_the_default_without_a_configuration(tmp_path):
 
 def test_a_fragment_alone_is_a_step_everywhere(tmp_path):
     """In list-steps, the plan, check and the report, with its function class, and without another edit."""
-    tree = copy_tree(tmp_path / "tree")
+    tree = copy_tree_that_trains_nothing(tmp_path / "tree")  # check trains it
     (tree / "gpt2/steps/MINE.config").write_text("# Help: R-MLP of a quarter, with a mixer\nCONFIG_ATTENTION_SDPA=y\n"
                                                  'CONFIG_MLP_RECIPROCAL=y\nCONFIG_RMLP_R_FF="1/4"\nCONFIG_RMLP_MIXER=y\n')
     study = Study(tmp_path, tree=tree, ABLATION_STEPS='"V0 MINE"')

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lib.config import load
+from lib.config import Study
+from lib.kconfig import Assignment, Schema
 
 torch.set_num_threads(1)  # tests run side by side
 
@@ -14,9 +15,23 @@ SMALL = {"GPT2_BLOCK_SIZE": 32, "BATCH_SIZE": 2, "GPT2_EVAL_SAMPLES": 2, "GPT2_D
          "EVALUATE_ONLY": False}
 
 
+@pytest.fixture(autouse=True)
+def own_precision():
+    """A cell in this process sets the precision of matrix products; the next test is not to see it."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(scope="session")
 def configuration():
-    """configuration(step, **symbols): a tiny configuration of one step."""
+    """configuration(step, **symbols): a tiny configuration of one step. It is frozen, so each is resolved once."""
+    schema, made = Schema(), {}
+
     def build(step, **symbols):
-        return load("gpt2-ra-ablation+tiny", step, SMALL | symbols)
+        key = step, repr(sorted(symbols.items()))  # repr tells True from 1
+        if key not in made:
+            overrides = [Assignment(name, "ny"[value] if isinstance(value, bool) else str(value), "overrides")
+                         for name, value in (SMALL | symbols).items()]
+            made[key] = Study("gpt2-ra-ablation+tiny", overrides=overrides, schema=schema).resolve(step).config
+        return made[key]
     return build

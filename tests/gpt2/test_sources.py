@@ -14,7 +14,7 @@ import torch
 from lib import runtime
 from lib.config import load
 from tests.gpt2.test_train_ra_mla import FAST
-from tests.harness import ROOT
+from tests.harness import ROOT, run_here
 
 TRAIN = """import json, runpy, sys
 sys.argv = sys.argv[1:]
@@ -30,14 +30,13 @@ print("IMPORTED " + json.dumps([file for _, file in names if file]))"""
 def cell(tmp_path_factory):
     """(files of the project that a cell imported, its environment): V6 on the path that make takes, --cell."""
     folder = tmp_path_factory.mktemp("cell") / "v6"
-    trainer = [sys.executable, str(ROOT / "gpt2/train_ra_mla.py")]
-    # Whatever the study's own way leaves in the folder is the same; only the second process is looked at.
-    by_hand = subprocess.run([*trainer, "--defconfig", "gpt2-ra-ablation+tiny", "--ra-mla-ablation-step", "V6", *FAST,
-                              "--out", str(folder)], capture_output=True, text=True)
+    trainer = ROOT / "gpt2/train_ra_mla.py"
+    # Whatever the study's own way leaves in the folder is the same; only the process that follows is looked at.
+    by_hand = run_here(trainer, "--defconfig", "gpt2-ra-ablation+tiny", "--ra-mla-ablation-step", "V6", *FAST, "--out", folder)
     assert by_hand.returncode == 0, by_hand.stderr
     for name in ("metrics.json", "metrics.jsonl", "model.pt"):
         (folder / name).unlink()
-    done = subprocess.run([sys.executable, "-c", TRAIN, trainer[1], "--cell", str(folder)], cwd=ROOT, capture_output=True,
+    done = subprocess.run([sys.executable, "-c", TRAIN, str(trainer), "--cell", str(folder)], cwd=ROOT, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
     imported = json.loads(done.stdout.rsplit("IMPORTED ", 1)[1])

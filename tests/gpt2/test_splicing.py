@@ -1,9 +1,6 @@
 """KVSplice in a cell: what it is fitted to, what its record says, and that its file is used, not only written."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,16 +9,15 @@ from lib.cells import Cell
 from lib.config import Study
 from lib.kconfig import Assignment
 from lib.launch import prepare
-from tests.harness import ROOT
+from tests.harness import ROOT, run_here
 
-TRAINER = str(ROOT / "gpt2/train_ra_mla.py")
+TRAINER = ROOT / "gpt2/train_ra_mla.py"
 SMALL = {"GPT2_MAX_ITERS": "3", "GPT2_BLOCK_SIZE": "32", "BATCH_SIZE": "2", "GPT2_EVAL_SAMPLES": "2"}
 FIT = {"KVSPLICE_SAMPLES": "400", "KVSPLICE_EPOCHS": "1", "KVSPLICE_MAX_BATCHES": "4"}
 
 
 def run(*arguments):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("GPT2_", "KABLATE_"))}
-    return subprocess.run([sys.executable, TRAINER, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    return run_here(TRAINER, *arguments)
 
 
 def cell(out, step, parent=None, **symbols):

@@ -12,7 +12,7 @@ from lib.cells import Cell, expand
 from lib.config import Study
 from lib.kconfig import Assignment
 from lib.launch import prepare
-from tests.harness import TINY, finish
+from tests.harness import TINY, finish, run_here
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = [f"--set={s}" for s in ("GPT2_MAX_ITERS=2", "GPT2_BLOCK_SIZE=32", "BATCH_SIZE=2", "GPT2_EVAL_SAMPLES=2")]
@@ -24,12 +24,18 @@ def by_hand(*arguments, cwd=ROOT):
                            *arguments], cwd=cwd, capture_output=True, text=True, env=environment)
 
 
+def here(*arguments):
+    """The same without another process."""
+    return run_here(ROOT / "gpt2/train_ra_mla.py", "--defconfig", "gpt2-ra-ablation+tiny", *arguments)
+
+
 def test_a_cell_by_hand_from_any_folder(tmp_path):
     done = by_hand("--ra-mla-ablation-step", "V1@RA_R=8", "--seed", "7", "--out", "cell", *FAST, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "cell/metrics.json").read_text())
     assert (record["state"], record["step"], record["seed"], record["sizes"]["R"]) == ("done", "V1@RA_R=8", 7, 8)
     assert record["parameters"] > 0 and record["kv_cache_bytes"] == 2 * 2 * 32 * 128 * 4
+    assert record["kv_cache_parts"] == {"keys": 2 * 32 * 128 * 4, "values": 2 * 32 * 128 * 4}
     assert record["data"]["unigram_entropy"] > 2 and record["environment"]["precision"] == "float32"
     assert record["inactive"] is None and (tmp_path / "cell/model.pt").exists()
     again = by_hand("--ra-mla-ablation-step", "V1@RA_R=8", "--seed", "7", "--out", "cell", *FAST, cwd=tmp_path)
@@ -42,7 +48,7 @@ def test_a_cell_that_is_not_to_keep_its_model_has_none(tmp_path):
     """Nor the one that an earlier try of the same cell left."""
     (tmp_path / "cell").mkdir()
     (tmp_path / "cell/model.pt").write_text("of an earlier try")
-    done = by_hand("--ra-mla-ablation-step", "V0", "--out", str(tmp_path / "cell"), "--set=SAVE_MODEL=n", *FAST)
+    done = here("--ra-mla-ablation-step", "V0", "--out", tmp_path / "cell", "--set=SAVE_MODEL=n", *FAST)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "cell/metrics.json").read_text())["state"] == "done"
     assert sorted(p.name for p in (tmp_path / "cell").iterdir()) == [".config", "metrics.json", "metrics.jsonl",
@@ -66,13 +72,12 @@ def test_a_parent_without_a_model_is_refused_with_what_to_do(tmp_path, dotconfig
     parent = expand(Study())[0]
     finish(tmp_path, parent, state=state, reason=None if state == "done" else "it broke")
     child = prepared(tmp_path / "test_V1_adamwspam_none", "V1", INIT_FROM_STEP="V0")
-    done = subprocess.run([sys.executable, str(ROOT / "gpt2/train_ra_mla.py"), "--cell", str(child)], capture_output=True,
-                          text=True)
+    done = run_here(ROOT / "gpt2/train_ra_mla.py", "--cell", child)
     assert (done.returncode, done.stderr) == (2, f"error: {what.format(tmp_path / parent.name)}\n  try: {run}\n")
 
 
 def test_dry_run():
-    done = by_hand("--ra-mla-ablation-step", "V1", "--dry-run")
+    done = here("--ra-mla-ablation-step", "V1", "--dry-run")
     assert done.returncode == 0 and "2 of 2 steps obey the laws" in done.stdout, done.stderr
 
 
