@@ -37,7 +37,7 @@ export KABLATE_UNTIL := $(call on_command_line,UNTIL)
 export KABLATE_MAX_SEEDS := $(call on_command_line,MAX_SEEDS)
 export KABLATE_JOBS := $(call on_command_line,JOBS)
 export KABLATE_LOOK := $(call on_command_line,LOOK)
-$(foreach v,RETRY NAME STUDY ALL FULL A B FILE PORT FROM PROMPT TOKENS,$(eval export $(v) := $(call on_command_line,$(v))))
+$(foreach v,RETRY NAME STUDY ALL FULL A B FILE PEER PORT FROM PROMPT TOKENS,$(eval export $(v) := $(call on_command_line,$(v))))
 
 STEP_GOALS := $(basename $(notdir $(wildcard gpt2/steps/*.config)))
 STEPS := $(filter $(STEP_GOALS),$(MAKECMDGOALS))
@@ -70,7 +70,7 @@ endif
 
 # make V3 runs V3; make plan V3 and make check V3 only look at it.
 .PHONY: $(STEP_GOALS)
-$(STEP_GOALS): $(if $(filter plan check report cells tune-lr bench-steps bench-decode sample,$(MAKECMDGOALS)),,run)
+$(STEP_GOALS): $(if $(filter plan check report cells tune-lr bench-steps bench-train bench-attention bench-decode sample,$(MAKECMDGOALS)),,run)
 	@:
 
 .PHONY: plan
@@ -168,6 +168,14 @@ bench-overhead: $(SETUP) ## seconds that each finished cell of the study spent o
 .PHONY: bench-steps
 bench-steps: $(SETUP) ## time and peak memory of a training step of every step, relative to the baseline
 	$(Q)$(PYTHON) -m scripts.bench_steps $(STEPS)
+
+.PHONY: bench-train
+bench-train: $(SETUP) ## training speed, MFU, memory and kernels beside a peer model (PEER=/path/model.py, FILE=name.json)
+	$(Q)$(PYTHON) -m scripts.bench_train $(STEPS)
+
+.PHONY: bench-attention
+bench-attention: $(SETUP) ## the attention module alone, eager and compiled, beside the designs that lost (FILE=name.json)
+	$(Q)$(PYTHON) -m scripts.bench_attention $(STEPS)
 
 .PHONY: bench-decode
 bench-decode: $(SETUP) ## time to first token, decoding speed and memory of every kind of cache (FILE=name.json keeps them)

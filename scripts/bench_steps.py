@@ -17,13 +17,10 @@ are known, so a time limit loses none of them; steps can be given by name, in se
 """
 
 import argparse
-import gc
 import json
 import os
-import sys
-import time
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 
 import torch
 
@@ -33,9 +30,10 @@ from lib.cells import baseline
 from lib.config import Study, parse_step
 from lib.errors import UserError, reported
 from lib.loop import COMPILE_WARMUP_STEPS
-from lib.mechanisms import Mechanisms, Moment
+from lib.mechanisms import Moment
 from lib.steps import step_files, step_path
 from lib.tables import table, table_head, table_row
+from scripts import benching
 
 FORMAT = 1
 # What changes neither the program nor its sizes.
@@ -44,81 +42,28 @@ HEADER = ["step", "ms a step", "time", "min .. max", "memory, MiB", "memory", "n
 RIGHT = "lrrrrrl"
 
 
-class Subject:
+class Subject(benching.Training):
     """A model in training on one batch, which is the same for every model of these sizes."""
 
     def __init__(self, cfg, device, batch: int, compiled: str, progress: float | None = None):
-        self.cfg, self.device = cfg, device
-        self.model = GPT(cfg).to(device).train()
-        self.optimizer = optimizers.build(self.model, cfg)
-        self.mechanisms = Mechanisms(self.model)
+        model = GPT(cfg).to(device).train()
+        super().__init__(cfg, device, model, optimizers.build(model, cfg), compiled)
         if progress is not None:
             self.mechanisms.advance(Moment(10 ** 6, progress))  # more steps than any mechanism counts
-        for module in {"no": [], "blocks": self.model.transformer.h, "whole": [self.model]}[compiled]:
-            module.compile(dynamic=False)
         tokens = torch.randint(cfg.VOCAB_SIZE, (batch, cfg.GPT2_BLOCK_SIZE + 1), generator=torch.Generator().manual_seed(0))
         self.x, self.y = tokens[:, :-1].contiguous().to(device), tokens[:, 1:].contiguous().to(device)
 
-    def loss(self, model):
-        with runtime.autocast(self.cfg, self.device):
-            _, loss = model(self.x, self.y)
-        return loss + self.mechanisms.penalty()
-
-    def block(self, steps: int) -> float:
-        """Train for so many steps; seconds of one."""
-        runtime.synchronize(self.device)
-        begun = time.perf_counter()
-        for _ in range(steps):
-            self.loss(self.model).backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.GRAD_CLIP or float("inf"))
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        runtime.synchronize(self.device)
-        return (time.perf_counter() - begun) / steps
-
-    def counted_bytes(self) -> int:
-        """Bytes a training step needs at once at most, from the tensors it holds, after a first block."""
-        own = storages([*self.model.parameters(), *self.model.buffers()])
-        kept = {}
-
-        def keep(tensor):
-            kept.update(storages([tensor]))
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = self.loss(self.model.forward)
-        kept = {where: size for where, size in kept.items() if where not in own}
-        loss.backward()  # what it frees may be used for the gradients, so these have a sum of their own
-        gradients = storages([p.grad for p in self.model.parameters() if p.grad is not None])
-        state = storages([t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)])
-        self.optimizer.zero_grad(set_to_none=True)
-        return sum(sum(found.values()) for found in (own, kept, gradients, state))
-
-
-def storages(tensors) -> dict[int, int]:
-    """{address: bytes} of what tensors that live at the same time lie in."""
-    return {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+    def batch(self):
+        return self.x, self.y
 
 
 def measure(cfg, first: Subject, rounds: int, iterations: int, **options) -> dict:
     """The numbers of one step, beside those of the baseline `first`."""
-    device, peak = first.device, 0
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    subject = Subject(cfg, device, **options)
-    subject.block(COMPILE_WARMUP_STEPS)
-    beside, own = [first.block(iterations)], []
-    for _ in range(rounds):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        own.append(subject.block(iterations))
-        if device.type == "cuda":
-            peak = max(peak, torch.cuda.max_memory_allocated(device) - before)
-        beside.append(first.block(iterations))
-    if device.type != "cuda":
-        peak = subject.counted_bytes()
-    ratios = [b / mean(pair) for b, pair in zip(own, zip(beside, beside[1:], strict=False), strict=True)]
-    return {"seconds": median(own), "baseline_seconds": median(beside), "time": median(ratios), "time_min": min(ratios),
-            "time_max": max(ratios), "memory_bytes": peak, "parameters": sum(p.numel() for p in subject.model.parameters())}
+    subject, _ = benching.started(lambda: Subject(cfg, first.device, **options), first.device)
+    beside, own = benching.in_turns([lambda: first.block(iterations), lambda: subject.watched(iterations)], rounds)
+    return {"seconds": median(own), "baseline_seconds": median(beside),
+            **benching.spread("time", benching.ratios(own, beside)), "memory_bytes": subject.memory_bytes(),
+            "parameters": sum(p.numel() for p in subject.model.parameters())}
 
 
 EMPTY = dict.fromkeys(("seconds", "baseline_seconds", "time", "time_min", "time_max", "memory_bytes", "parameters", "memory"))
@@ -136,17 +81,8 @@ def measured(cfg, first: Subject, **options) -> dict:
             torch.compiler.reset()
             first.block(COMPILE_WARMUP_STEPS)
             return EMPTY | {"error": None} | measure(cfg, first, **options)
-    except torch.OutOfMemoryError:
-        return EMPTY | {"error": f"out of memory at a batch of {options['batch']}"}
     except Exception as error:  # a step that does not run is a row
-        lines = str(error).strip().splitlines()
-        return EMPTY | {"error": f"{type(error).__name__}: {lines[0][:150] if lines else 'without a word'}"}
-
-
-def release(device) -> None:
-    gc.collect()  # a compiled model refers to itself
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+        return EMPTY | {"error": benching.failure(error, options["batch"])}
 
 
 def line(row: dict) -> list[str]:
@@ -176,18 +112,13 @@ def bench(study: Study, steps: list[str], batch: int | None, compiled: str | Non
     device = runtime.setup(cfg)
     compiled = compiled or ("whole" if device.type == "cuda" else "no")
     options = {"batch": batch or cfg.BATCH_SIZE, "compiled": compiled, "progress": progress}
-    if compiled != "no":  # one program a model, all under one limit, beyond which models would run uncompiled without a word
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10 ** 6
+    if compiled != "no":
+        benching.lift_compile_limits()
     steps = list(dict.fromkeys([name, *steps]))
-    begun = time.monotonic()
-
-    def say(what: str) -> None:
-        print(f"{time.monotonic() - begun:6.0f} s  {what}", file=sys.stderr, flush=True)
-
-    environment = {k: v for k, v in runtime.environment(cfg, device).items() if k != "sources"}
+    say, environment = benching.narrator(), benching.environment(cfg, device, compiled != "no")
     record = {"format": FORMAT, "study": study.name, "baseline": name, "block_size": cfg.GPT2_BLOCK_SIZE, **options,
               "rounds": rounds, "iterations": iterations,
-              "environment": environment | {"compile": compiled != "no"}, "rows": []}
+              "environment": environment, "rows": []}
     say(f"{environment['device']}, torch {torch.__version__}, compiled: {compiled}, {options['batch']} x "
         f"{cfg.GPT2_BLOCK_SIZE} tokens: building the baseline {name}")
     try:
@@ -212,7 +143,7 @@ def bench(study: Study, steps: list[str], batch: int | None, compiled: str | Non
             else:
                 say(f"{number} of {len(steps)}: {step}")
                 row |= measured(own, first, rounds=rounds, iterations=iterations, **options)
-                release(device)
+                benching.release(device)
                 base = record["rows"][0] if record["rows"] else row
                 if row["memory_bytes"] and base["memory_bytes"]:
                     row["memory"] = row["memory_bytes"] / base["memory_bytes"]
@@ -242,11 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.show:
         print("\n".join(show(path) for path in args.show), end="")
         return
-    for option in ("batch", "rounds", "iterations"):
-        if (value := getattr(args, option)) is not None and value < 1:
-            raise UserError(f"--{option} {value} is below 1.", "leave it out for the default.")
-    if args.out and not args.out.parent.is_dir():
-        raise UserError(f"there is no folder {args.out.parent}.", "create it first.")
+    benching.check_options(args, ("batch", "rounds", "iterations"), args.out)
     study = Study(args.study)
     for step in args.steps:  # a slip of the pen ends it at once; a step that does not fit this study is a row
         step_path(parse_step(step)[0], study.config.STEPS_DIR)

@@ -1,0 +1,185 @@
+"""What the benches of training and attention share: a model in training, blocks in turns, memory, rows that fail.
+
+Invariants: a block of steps begins and ends with the device idle, so its seconds are those of the work and not of the queue.
+What is compared is measured in turns (A B C A B C ... A), so that a clock that drifts moves all of it alike: a ratio is that
+of a block to the mean of the two blocks of the first beside it. Memory is one model's, whatever else is allocated.
+"""
+
+import gc
+import sys
+import time
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+
+from lib import runtime
+from lib.errors import UserError
+from lib.kconfig import Assignment
+from lib.loop import COMPILE_WARMUP_STEPS
+from lib.mechanisms import Mechanisms
+
+
+def training_step(cfg, model, optimizer, mechanisms: Mechanisms, x, y):
+    """One step of lib/loop.py on one batch; the loss before it, detached and on the device."""
+    with runtime.autocast(cfg, x.device):
+        _, loss = model(x, y)
+    (loss + mechanisms.penalty()).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.GRAD_CLIP or float("inf"))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+class Training:
+    """A model in training; a subclass says in `batch` on what. `compiled`: "whole", "blocks" (of our own model) or "no"."""
+
+    def __init__(self, cfg, device, model, optimizer, compiled: str):
+        self.cfg, self.device, self.model, self.optimizer = cfg, device, model, optimizer
+        self.mechanisms = Mechanisms(model)
+        self.own_bytes = self.peak = 0
+        for module in {"no": [], "blocks": model.transformer.h if compiled == "blocks" else [], "whole": [model]}[compiled]:
+            module.compile(dynamic=False)
+
+    def batch(self):
+        """The next inputs and targets, on the device."""
+        raise NotImplementedError
+
+    def step(self):
+        return training_step(self.cfg, self.model, self.optimizer, self.mechanisms, *self.batch())
+
+    def block(self, steps: int) -> float:
+        """Train for so many steps; seconds of one."""
+        runtime.synchronize(self.device)
+        begun = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        runtime.synchronize(self.device)
+        return (time.perf_counter() - begun) / steps
+
+    def watched(self, steps: int) -> float:
+        """A block, whose peak of allocated memory on a GPU counts."""
+        if self.device.type != "cuda":
+            return self.block(steps)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = allocated(self.device)
+        seconds = self.block(steps)
+        self.peak = max(self.peak, self.own_bytes + torch.cuda.max_memory_allocated(self.device) - before)
+        return seconds
+
+    def memory_bytes(self) -> int:
+        """Most bytes at once of this model alone: on a GPU of the blocks watched so far, elsewhere counted."""
+        return self.peak if self.device.type == "cuda" else self.counted_bytes()
+
+    def counted_bytes(self) -> int:
+        """Bytes a training step needs at once at most, from the tensors it holds, after a first block."""
+        own = storages([*self.model.parameters(), *self.model.buffers()])
+        kept = {}
+
+        def keep(tensor):
+            kept.update(storages([tensor]))
+            return tensor
+
+        x, y = self.batch()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), runtime.autocast(self.cfg, self.device):
+            loss = self.model.forward(x, y)[1] + self.mechanisms.penalty()
+        kept = {where: size for where, size in kept.items() if where not in own}
+        loss.backward()  # what it frees may be used for the gradients, so these have a sum of their own
+        gradients = storages([p.grad for p in self.model.parameters() if p.grad is not None])
+        state = storages([t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)])
+        self.optimizer.zero_grad(set_to_none=True)
+        return sum(sum(found.values()) for found in (own, kept, gradients, state))
+
+
+def started(build, device) -> tuple[Training, float]:
+    """What `build` makes, warm, and the seconds from its first step until it was (most of them are the compiler's)."""
+    before = allocated(device)
+    training = build()
+    seconds = training.block(COMPILE_WARMUP_STEPS) * COMPILE_WARMUP_STEPS
+    training.own_bytes = allocated(device) - before
+    return training, seconds
+
+
+def allocated(device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def storages(tensors) -> dict[int, int]:
+    """{address: bytes} of what tensors that live at the same time lie in."""
+    return {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+
+
+def in_turns(calls: list, rounds: int) -> list[list[float]]:
+    """What each call returned, round by round; the first is called once more, at the end."""
+    found = [[] for _ in calls]
+    for _ in range(rounds):
+        for values, call in zip(found, calls, strict=True):
+            values.append(call())
+    found[0].append(calls[0]())
+    return found
+
+
+def ratios(own: list[float], beside: list[float]) -> list[float]:
+    """Each of `own` over the mean of the two of `beside` between which it was measured."""
+    return [value / mean(pair) for value, pair in zip(own, zip(beside, beside[1:], strict=False), strict=True)]
+
+
+def spread(name: str, values: list[float]) -> dict:
+    """{name: median, name_min, name_max}."""
+    return {name: median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+
+
+def failure(error: Exception, batch: int | None = None) -> str:
+    """Why a row has no numbers, in one line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory" + (f" at a batch of {batch}" if batch else "")
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:150] if lines else 'without a word'}"
+
+
+def release(device) -> None:
+    """Give back what models that are gone have held."""
+    gc.collect()  # a compiled model refers to itself
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def lift_compile_limits() -> None:
+    """One program a model, all under one limit, beyond which models would run uncompiled without a word."""
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10 ** 6
+
+
+def environment(cfg, device, compiled: bool) -> dict:
+    """Where it was measured, without the list of sources."""
+    found = runtime.environment(cfg, device)
+    return {k: v for k, v in found.items() if k != "sources"} | {"compile": compiled}
+
+
+def narrator():
+    """say(what): a line on standard error with the seconds since now."""
+    begun = time.monotonic()
+
+    def say(what: str) -> None:
+        print(f"{time.monotonic() - begun:6.0f} s  {what}", file=sys.stderr, flush=True)
+
+    return say
+
+
+def check_options(args, names: tuple[str, ...], out: Path | None) -> None:
+    """Refuse counts below 1 among the options `names`, and an `out` whose folder is not there."""
+    for name in names:
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value} is below 1.", "leave it out for the default.")
+    if out and not out.parent.is_dir():
+        raise UserError(f"there is no folder {out.parent}.", "create it first.")
+
+
+def assignments(texts: list[str], option: str) -> list[Assignment]:
+    """["GPT2_N_LAYER=6"] as given by `option`."""
+    for text in texts:
+        if "=" not in text:
+            raise UserError(f"'{text}' in {option} is no assignment.", f"write {option} GPT2_N_LAYER=6.")
+    pairs = [text.partition("=") for text in texts]
+    return [Assignment(name.removeprefix("CONFIG_"), value, option) for name, _, value in pairs]

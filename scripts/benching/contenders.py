@@ -1,0 +1,110 @@
+"""What make bench-train trains: steps of a study and a peer, each from a start, on batches that are the same for all.
+
+Invariants: batch i of a seed is a function of the data (or of the vocabulary), the seed and i. An arm of ours starts as a cell
+of that seed does, and a peer whose parameters have the names and shapes of the baseline's starts from the baseline's numbers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import mean
+
+import numpy as np
+import torch
+from torch import nn
+
+from gpt2.model import GPT
+from lib import optimizers
+from lib.config import Study
+from lib.data import train_batch
+from lib.kconfig import Assignment
+from lib.loop import evaluate, to_device
+from lib.mechanisms import Moment
+from lib.schedule import learning_rate
+from lib.streams import stream_seed
+from scripts import benching
+from scripts.benching.peer import Peer, take_start
+
+LAST_SHARE = 10  # the last tenth of the steps is what a training loss is the mean of
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is trained: `make(device, seed)` gives its configuration, model, optimizer, and a remark for its row (or "")."""
+
+    name: str
+    make: Callable
+
+
+class Trained(benching.Training):
+    """An arm in training; `batches(number)` gives the arrays (x, y) of a step, counted from 0."""
+
+    def __init__(self, arm: Arm, device, seed: int, batches: Callable, compiled: bool):
+        cfg, model, optimizer, self.remark = arm.make(device, seed)
+        super().__init__(cfg, device, model, optimizer, "whole" if compiled else "no")
+        self.batches, self.number = batches, 0
+
+    def batch(self):
+        self.number += 1
+        return to_device(self.batches(self.number - 1), self.device)
+
+
+class Eager:
+    """A model as `evaluate` wants it that runs as written: evaluation is not what is timed, and needs no program."""
+
+    def __init__(self, model: nn.Module):
+        self.forward, self.eval = model.forward, model.eval
+
+    def __call__(self, x, y):
+        return self.forward(x, y)
+
+
+def arms_of(study: Study, steps: list[str], peer: Peer | None) -> list[Arm]:
+    def configured(step: str, seed: int):
+        return study.resolve(step, overrides=[*study.overrides, Assignment("SEED", str(seed), "--seeds")]).config
+
+    def ours(step: str) -> Arm:
+        def make(device, seed):
+            cfg = configured(step, seed)
+            model = GPT(cfg).to(device).train()
+            return cfg, model, optimizers.build(model, cfg), ""
+        return Arm(step, make)
+
+    def theirs() -> Arm:
+        def make(device, seed):
+            cfg = configured(steps[0], seed)
+            model, optimizer = peer.build(cfg, device, seed)
+            return cfg, model, optimizer, "" if take_start(model, GPT(cfg)) else "a start of its own"
+        return Arm(peer.name, make)
+
+    return [*map(ours, steps), *([theirs()] if peer else [])]
+
+
+def batches_of(corpus, vocab_size: int, seed: int, batch: int, block: int) -> Callable:
+    """Batches by number, int64 [batch, block] each: windows of the corpus, or without one random tokens."""
+    def windows(number: int):
+        return train_batch(corpus.train, seed, number, 0, batch, block)
+
+    def random(number: int):
+        key = stream_seed(seed, "bench", number)
+        tokens = np.random.default_rng(key).integers(vocab_size, size=(batch, block + 1))
+        return np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
+
+    return windows if corpus else random
+
+
+def losses_of(arm: Arm, device, seed: int, batches: Callable, steps: int, compiled: bool, eval_set) -> dict:
+    """What an arm has learned after so many steps from its start under `seed`."""
+    training = Trained(arm, device, seed, batches, compiled)
+    found, first = [], None
+    for number in range(steps):
+        share = number / steps
+        training.mechanisms.advance(Moment(number, share, found[-1].double() if found else None, first))
+        rate = learning_rate(training.cfg, number, share)
+        for group in training.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_mult", 1.0)
+        found.append(training.step())
+        first = found[0].item() if first is None else first
+    curve = torch.stack(found).double().tolist()
+    return {"seed": seed, "train_loss": mean(curve[-max(1, steps // LAST_SHARE):]),
+            "val_loss": evaluate(training.cfg, Eager(training.model), eval_set, device),
+            "curve": [round(loss, 5) for loss in curve]}
