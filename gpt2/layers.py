@@ -6,7 +6,11 @@ is the baseline's with rows left out (`rows` of a Linear) starts from the baseli
 nothing. Biases start at 0, norms at 1, and a mechanism's own constants (gates, mixers) are set by its constructor.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lib.streams import stream_seed
@@ -29,6 +33,17 @@ class Linear(nn.Linear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x, weight, bias=None):
+    """x weight^T + bias, as F.linear. Of a single row, a compiler is given the bias apart: it then makes one kernel of the
+    product and of what stands around it, where a library's is made for many rows."""
+    if bias is not None and x.numel() == x.size(-1) and torch.compiler.is_compiling():
+        return F.linear(x, weight) + bias
+    return F.linear(x, weight, bias)
+
 
 class Embedding(nn.Embedding):
     """nn.Embedding drawn from N(0, init_std^2)."""
@@ -47,12 +62,15 @@ def residual_std(n_layer: int) -> float:
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int) -> None:
     """Draw every weight of `model` that has an `init_std`, in place, as the module docstring says."""
-    for name, parameter in model.named_parameters():
-        owner, _, local = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if local == "weight" and hasattr(module, "init_std"):
-            generator = torch.Generator().manual_seed(stream_seed(seed, "init", name))
-            rows = getattr(module, "rows", None)
-            shape = parameter.shape if rows is None else (module.drawn, *parameter.shape[1:])
-            drawn = torch.empty(shape).normal_(0.0, module.init_std, generator=generator)
+    def draw(name: str, parameter, module) -> None:
+        generator = torch.Generator().manual_seed(stream_seed(seed, "init", name))
+        rows = getattr(module, "rows", None)
+        shape = parameter.shape if rows is None else (module.drawn, *parameter.shape[1:])
+        drawn = torch.empty(shape).normal_(0.0, module.init_std, generator=generator)
+        with torch.no_grad():  # a thread has a mode of its own
             parameter.copy_(drawn if rows is None else drawn[rows])
+
+    owners = [(name, parameter, model.get_submodule(name.rpartition(".")[0])) for name, parameter in model.named_parameters()
+              if name.rpartition(".")[2] == "weight"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # every weight has a stream of its own, so their order does not matter
+        list(pool.map(lambda one: draw(*one), (one for one in owners if hasattr(one[2], "init_std"))))

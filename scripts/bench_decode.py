@@ -9,7 +9,8 @@ On a GPU that one step is captured as a CUDA graph and replayed: a step at the *
 is full but for it, again and again into the same slot. A cache that evicts does so at the beginning of a block of tokens, so
 the step that is timed evicts nothing; --eager times a loop from Python instead (the default on the CPU), over the last tokens
 of the context one after the other, evictions and the launches of every kernel with them. --compile compiles the step that is
-captured, not the prompt. Weights are random numbers with the gates folded in (bake), bfloat16 on a GPU, float32 on the CPU.
+captured (or its blocks), not the prompt. Weights are random numbers with the gates folded in (bake), bfloat16 on a GPU, float32
+on the CPU.
 
 Each measurement is repeated and stands between two of the baseline (A B A B ... A): the median over rounds, with the smallest
 and the largest; `speed` is the median ratio of tokens/s to the two baseline blocks beside it. The baseline's own rows are a
@@ -31,10 +32,8 @@ are printed, and --out is written, as they are known. --show prints such files a
 """
 
 import argparse
-import gc
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from statistics import mean, median
@@ -42,7 +41,7 @@ from statistics import mean, median
 import torch
 
 from gpt2.decode_costs import bandwidth_of, floor_share, held_bytes, moved_bytes, peak_bytes
-from gpt2.model import GPT
+from gpt2.model import GPT, VOCAB_MULTIPLE
 from lib import atomic, runtime
 from lib.cells import baseline, steps_of
 from lib.config import Study, parse_step
@@ -51,23 +50,27 @@ from lib.kconfig import Assignment
 from lib.mechanisms import Mechanisms, Moment
 from lib.steps import step_files, step_path
 from lib.tables import table, table_head, table_row
+from scripts.benching import failure, lift_compile_limits, narrator, release, spread
 
 FORMAT = 1
 HEADER = ["step", "context", "batch", "first token, ms", "tokens/s", "min .. max", "speed", "cache, MiB", "cache",
           "peak, MiB: prompt", "decoding", "of the floor", "note"]
 RIGHT = "lrrrrrrrrrrrl"
 WARMUP = 3  # steps before a capture, as torch asks for
-# The first compiled step, read as matrix times vector, is then one kernel with what follows it.
-COMPILE_OPTIONS = {"coordinate_descent_tuning": True}
+# A matrix times one vector is then a kernel of its own making, with what stands around it (cuBLAS's are made for more); copies
+# that do not depend on each other are one; and GELU or a norm is computed once, not again by every row of the next matrix.
+COMPILE_OPTIONS = {"coordinate_descent_tuning": True, "combo_kernels": True, "realize_opcount_threshold": 5}
 
 
 class Subject:
     """A model with a cache for `batch` sequences of `context` tokens. `tokens` [batch, context] are the same for every one."""
 
-    def __init__(self, model: GPT, batch: int, context: int, steps: int, eager: bool, compiled: bool):
+    def __init__(self, model: GPT, batch: int, context: int, steps: int, eager: bool, compiled: str):
         self.model, self.batch, self.context, self.eager = model, batch, context, eager
         self.device = model.transformer.wte.weight.device
-        self.forward = torch.compile(model, dynamic=False, options=COMPILE_OPTIONS) if compiled else model
+        self.next = torch.compile(self.next, dynamic=False, options=COMPILE_OPTIONS) if compiled == "whole" else self.next
+        for block in model.transformer.h if compiled == "blocks" else ():
+            block.compile(dynamic=False, options=COMPILE_OPTIONS)
         # A graph holds one position; a loop goes over the last ones, and leaves a prompt of one token at least.
         self.steps, self.positions = steps, min(steps, context - 1) if eager else 1
         generator = torch.Generator().manual_seed(0)
@@ -84,21 +87,24 @@ class Subject:
         self.empty()
         runtime.synchronize(self.device)
         begun = time.perf_counter()
-        self.picked(self.model(self.tokens, cache=self.cache, last=True)[0])
+        with uncompiled():
+            self.next(self.tokens, self.cache)
         runtime.synchronize(self.device)
         return time.perf_counter() - begun
 
     def fill(self) -> None:
         """Fill a new cache up to the first position that is decoded."""
         self.empty()
-        self.model(self.tokens[:, :self.context - self.positions], cache=self.cache, last=True)
+        with uncompiled():
+            self.next(self.tokens[:, :self.context - self.positions], self.cache)
         self.start = Rewind(self.cache, contents=self.eager)
 
-    def picked(self, logits):
-        return logits[:, -1:, :self.model.vocab_size].argmax(-1)
+    def next(self, tokens, cache):
+        """The likeliest token after `tokens`, [batch, 1]."""
+        return likeliest(self.model(tokens, cache=cache, last=True)[0][:, 0], self.model.vocab_size)
 
     def step(self) -> None:
-        self.token.copy_(self.picked(self.forward(self.token, cache=self.cache)[0]))
+        self.token.copy_(self.next(self.token, self.cache))
 
     def prepare(self) -> None:
         """Compile and warm up; on a GPU capture the step. The cache's position is a Python number, so every replay decodes the
@@ -136,8 +142,22 @@ class Subject:
         prompt = peak_bytes(self.device, self.prompt)
         self.fill()
         held = held_bytes(t for layer in self.cache.layers for t in layer.tensors())
-        decoding = peak_bytes(self.device, lambda: self.picked(self.model(self.token, cache=self.cache)[0]))
+        with uncompiled():
+            decoding = peak_bytes(self.device, lambda: self.next(self.token, self.cache))
         return own + prompt, own + held + decoding
+
+
+def likeliest(logits, vocab_size: int):
+    """logits [batch, a multiple of VOCAB_MULTIPLE] -> the first largest of a row below `vocab_size`, int64 [batch, 1]. In two
+    stages: one over all of a row is the work of a single processor of a GPU."""
+    logits = logits.masked_fill(torch.arange(logits.size(-1), device=logits.device) >= vocab_size, float("-inf"))
+    largest, where = logits.unflatten(-1, (-1, VOCAB_MULTIPLE)).max(-1)
+    first = largest.argmax(-1, keepdim=True)
+    return first * VOCAB_MULTIPLE + where.gather(-1, first)
+
+
+def uncompiled():
+    return torch.compiler.set_stance("force_eager")
 
 
 class Rewind:
@@ -162,10 +182,6 @@ def build(cfg, device, dtype) -> GPT:
     model = GPT(cfg)
     Mechanisms(model).advance(Moment(10 ** 6, 1.0))  # more steps than any mechanism counts
     return model.eval().bake().requires_grad_(False).to(device, dtype)
-
-
-def spread(name: str, values: list[float]) -> dict:
-    return {name: median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
 @torch.no_grad()
@@ -211,17 +227,8 @@ def attempt(call, batch: int | None = None):
         return call(), None
     except UserError as error:
         return None, error.what
-    except torch.OutOfMemoryError:
-        return None, "out of memory" + (f" at a batch of {batch}" if batch else "")
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        return None, f"{type(error).__name__}: {lines[0][:150] if lines else 'without a word'}"
-
-
-def release(device) -> None:
-    gc.collect()  # a compiled model refers to itself
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+        return None, failure(error, batch)
 
 
 def line(row: dict) -> list[str]:
@@ -240,7 +247,7 @@ def show(path: Path) -> str:
     record = json.loads(path.read_text())
     where, rows = record["environment"], [line(row) for row in record["rows"]]
     how = ("an eager loop of" if record["eager"] else "replays of one captured step:") + f" {record['steps']}"
-    compiled = ", the step compiled" if record["compiled"] else ""
+    compiled = {"whole": ", the step compiled", "blocks": ", its blocks compiled", "no": ""}[record["compiled"]]
     return (f"### {path.stem}\n\n{where['device']}, torch {where['torch']}, {record['dtype']}; {record['study']}, {how} tokens "
             f"a block{compiled}, {record['rounds']} rounds; memory moves {record['bandwidth'] / 1e9:,.1f} GB/s; relative to "
             f"{record['baseline']}.\n\n" + table(HEADER, rows, RIGHT))
@@ -271,27 +278,23 @@ def sized(study: Study, step: str, context: int):
 
 
 def bench(study: Study, steps: list[str], contexts: list[int], batches: list[int], rounds: int, tokens: int | None,
-          eager: bool, compiled: bool, out: Path | None) -> None:
+          eager: bool, compiled: str, out: Path | None) -> None:
     """Measure `steps`, and the baseline before them; print a row for each, and keep them in `out`."""
     name = baseline(study)
     cfg = study.resolve(name).config
     device = runtime.setup(cfg)
     gpu = device.type == "cuda"
     eager, dtype = eager or not gpu, torch.bfloat16 if gpu else torch.float32
-    if eager and compiled:  # the position is a Python number, so every token of a loop would be compiled anew
+    if eager and compiled != "no":  # the position is a Python number, so every token of a loop would be compiled anew
         raise UserError("--compile makes a program of one position, and a loop goes over many.",
                         "compile only what is captured: on a GPU, without --eager.")
     contexts = contexts or sorted({*((128, 1024, 4096) if gpu else (min(128, cfg.GPT2_BLOCK_SIZE),)), cfg.GPT2_BLOCK_SIZE})
     batches = batches or ([1, 16, 64] if gpu else [1, 16])
     options = {"steps": tokens or (100 if gpu else 16), "eager": eager, "compiled": compiled}
     steps = list(dict.fromkeys([name, *steps]))
-    if compiled:  # a program for every model, context and batch
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10 ** 6
-    begun = time.monotonic()
-
-    def say(what: str) -> None:
-        print(f"{time.monotonic() - begun:6.0f} s  {what}", file=sys.stderr, flush=True)
-
+    if compiled != "no":  # a program for every model, context and batch
+        lift_compile_limits()
+    say = narrator()
     environment = {k: v for k, v in runtime.environment(cfg, device).items() if k != "sources"}
     bandwidth = bandwidth_of(device, 1024 if gpu else 256)
     record = {"format": FORMAT, "study": study.name, "baseline": name, "contexts": contexts, "batches": batches,
@@ -344,7 +347,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each step (default: %(default)s)")
     parser.add_argument("--tokens", type=int, help="tokens decoded in one of them (default: 16; on a GPU 100)")
     parser.add_argument("--eager", action="store_true", help="on a GPU: a loop from Python instead of a captured step")
-    parser.add_argument("--compile", action="store_true", help="on a GPU: compile the step before it is captured")
+    parser.add_argument("--compile", choices=["whole", "blocks", "no"], default="no",
+                        help="on a GPU: compile the step before it is captured, or only its blocks, which takes a tenth of the "
+                             "time to compile (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=os.environ.get("FILE") or None, metavar="FILE.json",
                         help="keep the rows there")
     parser.add_argument("--show", type=Path, nargs="+", metavar="FILE.json", help="measure nothing, print what these hold")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gpt2.kv_cache import LayerCache
-from gpt2.layers import INIT_STD, Linear, residual_std
+from gpt2.layers import INIT_STD, Linear, linear, residual_std
 
 
 class CausalSelfAttention(nn.Module):
@@ -78,7 +78,7 @@ class CausalSelfAttention(nn.Module):
 
     def project(self, x):
         """Queries and keys [B, H, T, key_dim] and values [B, H, T, D] of x [B, T, n_embd]."""
-        parts = F.linear(x, *self.projection_weights()).split([self.n_head * self.key_dim] * 2 + [self.n_embd], dim=2)
+        parts = linear(x, *self.projection_weights()).split([self.n_head * self.key_dim] * 2 + [self.n_embd], dim=2)
         return tuple(t.view(*x.shape[:2], self.n_head, -1).transpose(1, 2) for t in parts)
 
     def attend(self, q, keys, values):
@@ -113,7 +113,7 @@ class CausalSelfAttention(nn.Module):
         else:
             y = self.attend(q, k, v if self.splice is None else self.splice(v))
         y = self.combine(y, v, x).transpose(1, 2).reshape(B, T, E)
-        return self.resid_dropout(F.linear(y, *self.output_weights()))
+        return self.resid_dropout(linear(y, *self.output_weights()))
 
 
 def causal_mask(rows: int, past: int, device):

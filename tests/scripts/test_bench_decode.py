@@ -1,6 +1,7 @@
 """make bench-decode: a row a step, context and batch whatever happens; what is counted, and that a cache is put back."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_bad_input_is_refused_before_anything_is_built(tmp_path):
     assert refusal(bench_decode.main, ["--batch", "0"])[0] == "--batch 0 is below 1."
     nowhere = tmp_path / "none"
     assert refusal(bench_decode.main, ["V0", "--out", str(nowhere / "a.json")])[0] == f"there is no folder {nowhere}."
-    assert refusal(bench_decode.main, ["V0", *QUICK, "--compile"]) == (
+    assert refusal(bench_decode.main, ["V0", *QUICK, "--compile", "whole"]) == (
         "--compile makes a program of one position, and a loop goes over many.",
         "compile only what is captured: on a GPU, without --eager.")
 
@@ -128,7 +129,13 @@ def test_without_steps_every_kind_of_cache_is_there_once():
 
 def subject(step, **options):
     model = bench_decode.build(load(TINY, step), torch.device("cpu"), torch.float32)
-    return bench_decode.Subject(model, **{"batch": 2, "context": 12, "steps": 3, "eager": True, "compiled": False} | options)
+    return bench_decode.Subject(model, **{"batch": 2, "context": 12, "steps": 3, "eager": True, "compiled": "no"} | options)
+
+
+def test_the_likeliest_token_is_the_first_largest_of_the_vocabulary():
+    logits = torch.randn(5, 192, generator=torch.Generator().manual_seed(0)).round()  # with ties
+    logits[:, 130:] = 9.0
+    assert torch.equal(bench_decode.likeliest(logits, 130), logits[:, :130].argmax(-1, keepdim=True))
 
 
 @torch.no_grad()
@@ -138,15 +145,15 @@ def test_a_block_decodes_the_last_positions_and_every_block_the_same(step):
     s = subject(step)
     s.fill()
     assert s.cache.length == 9
-    seen, forward = [], s.forward
+    seen = []
 
-    def watched(token, cache):
+    def watched(token, cache, last):
         at = cache.length
-        logits = forward(token, cache=cache)[0]
+        logits = GPT.forward(s.model, token, cache=cache, last=last)[0]
         seen.append((at, token.clone(), logits.clone()))
         return logits, None
 
-    s.forward = watched
+    s.model.forward = watched
     first = s.token.clone()
     for _ in range(2):
         s.token.copy_(first)
@@ -155,7 +162,7 @@ def test_a_block_decodes_the_last_positions_and_every_block_the_same(step):
     for (_, a, b), (_, c, d) in zip(seen[:3], seen[3:], strict=True):
         assert torch.equal(a, c) and torch.equal(b, d)
     tokens = torch.cat([s.tokens[:, :9], *(token for _, token, _ in seen[:2])], 1)
-    torch.testing.assert_close(seen[1][2], s.model(tokens)[0][:, -1:], rtol=0, atol=2e-5)
+    torch.testing.assert_close(seen[1][2], GPT.forward(s.model, tokens)[0][:, -1:], rtol=0, atol=2e-5)
 
 
 @torch.no_grad()
@@ -174,9 +181,9 @@ def test_what_is_captured_is_the_step_at_the_last_position(step, monkeypatch):
 
     for name in ("Stream", "stream", "current_stream", "CUDAGraph", "graph"):
         monkeypatch.setattr(torch.cuda, name, Stands)
-    forward = s.forward
-    s.forward = lambda token, cache: at.append(cache.length) or forward(token, cache=cache)
     s.fill()
+    step = s.next
+    s.next = lambda token, cache: at.append(cache.length) or step(token, cache)
     s.prepare()
     assert at == [11] * (bench_decode.WARMUP + 1) and len(replays) == 5
     s.block()
@@ -211,3 +218,14 @@ def test_it_is_no_module_of_the_program():
     for folder in ("lib", "gpt2", "scripts"):
         assert not [p for p in (ROOT / folder).rglob("*.py")
                     if "bench_decode" in p.read_text() and p.name != "bench_decode.py"]
+
+
+def test_the_committed_tables_are_what_the_files_beside_them_hold(capsys):
+    folder = ROOT / "docs/results/bench-decode"
+    page = (folder / "README.md").read_text()
+    files = sorted(folder.glob("*.json"), key=lambda path: path.stem)
+    assert [path.stem for path in files] == sorted(re.findall(r"^### (\S+)$", page, re.M))
+    for path in files:
+        bench_decode.main(["--show", str(path)])
+        assert capsys.readouterr().out in page
+        assert all(row["error"] is None and row["floor_share"] < 1 for row in json.loads(path.read_text())["rows"])
