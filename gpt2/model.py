@@ -1,7 +1,8 @@
 """GPT-2, built once from a configuration. Which block, attention and MLP a layer has is decided by the configuration's class
 symbols and nowhere else; no step name occurs here.
 
-    logits, loss = GPT(cfg)(idx, targets)        idx, targets: [B, T] int64; logits: [B, T, padded vocabulary]
+    logits, loss = GPT(cfg)(idx, targets)        idx, targets: [B, T] int64; logits: [B, T, padded vocabulary], or None with
+                                                 targets and LOSS_CHUNKS > 1 (gpt2/head.py)
 
 Invariants: parameter names are nanoGPT's; the head is tied to wte; the start comes from keyed streams (gpt2/layers.py);
 no output at position t depends on a token after t; decoding with a cache equals the full forward pass.
@@ -15,8 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from gpt2.block import Context
+from gpt2.head import IGNORED, linear_cross_entropy
 from gpt2.kv_cache import KVCache
 from gpt2.layers import Embedding, init_weights
+from gpt2.recompute import allow_in_programs, recomputed
 from gpt2.rules import hidden_width
 from lib.streams import cell_seed
 
@@ -37,6 +40,10 @@ class GPT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.block_size, self.vocab_size = cfg.GPT2_BLOCK_SIZE, cfg.VOCAB_SIZE
+        self.loss_chunks = cfg.LOSS_CHUNKS
+        self.recompute = cfg.GPT2_RECOMPUTE
+        if self.recompute:
+            allow_in_programs()
         self.cache_dtype = getattr(torch, cfg.KV_CACHE_DTYPE) if cfg.KV_CACHE_DTYPE else None  # None: that of the weights
         padded = padded_vocabulary(cfg)
         block = pkgutil.resolve_name(cfg.BLOCK_CLASS)
@@ -57,7 +64,8 @@ class GPT(nn.Module):
             init_weights(self, cell_seed(cfg))
 
     def forward(self, idx, targets=None, cache: KVCache | None = None, last: bool = False):
-        """Logits [B, T, padded vocabulary] and the mean cross-entropy in nats (None without targets).
+        """Logits [B, T, padded vocabulary] (None with targets, if they were made in chunks) and the mean cross-entropy in nats
+        (None without targets).
 
         With a cache, `idx` continues what the cache holds. With `last` only the logits of the last position are computed,
         [B, 1, padded vocabulary]: the next token of a prompt needs no others, and they are its largest tensor. Raises
@@ -70,15 +78,29 @@ class GPT(nn.Module):
         position = torch.arange(past, past + T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(position))
         context = Context(x)
+        recompute = self.recompute and self.training and not cache and torch.is_grad_enabled()
         for number, block in enumerate(self.transformer.h):
-            x = block(x, cache.layers[number] if cache else None, context)
+            x = recomputed(block, x, context) if recompute else block(x, cache.layers[number] if cache else None, context)
         if cache:
             cache.length += T
-        logits = self.lm_head(self.transformer.ln_f(x[:, -1:] if last else x))
-        loss = None
-        if targets is not None:
-            loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
-        return logits, loss
+        return self.finish(x[:, -1:] if last else x, targets)
+
+    def finish(self, x, targets):
+        """The last norm, the tied head, and the loss if there are targets: logits and loss of `forward`."""
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(x), None
+        if self.loss_chunks > 1:
+            return None, linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.loss_chunks)
+        logits = self.lm_head(x)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+    def compile_regions(self) -> None:
+        """Compile, in place, the blocks, which share one program, and what follows them: a tenth of the time that the whole
+        model takes to compile, for Python between the blocks and a little more memory traffic."""
+        for block in self.transformer.h:
+            block.compile(dynamic=False)
+        self.finish = torch.compile(self.finish, dynamic=False)
 
     def new_cache(self, batch_size: int, capacity: int | None = None, dtype=None) -> KVCache:
         """An empty cache for `batch_size` sequences of up to `capacity` (default: the context) tokens, of type `dtype`

@@ -38,8 +38,10 @@ class Training:
         self.cfg, self.device, self.model, self.optimizer = cfg, device, model, optimizer
         self.mechanisms = Mechanisms(model)
         self.own_bytes = self.peak = 0
-        for module in {"no": [], "blocks": model.transformer.h if compiled == "blocks" else [], "whole": [model]}[compiled]:
-            module.compile(dynamic=False)
+        if compiled == "whole":
+            model.compile(dynamic=False)
+        elif compiled == "blocks":
+            model.compile_regions()
 
     def batch(self):
         """The next inputs and targets, on the device."""

@@ -40,7 +40,8 @@ class Trained(benching.Training):
 
     def __init__(self, arm: Arm, device, seed: int, batches: Callable, compiled: bool):
         cfg, model, optimizer, self.remark = arm.make(device, seed)
-        super().__init__(cfg, device, model, optimizer, "whole" if compiled else "no")
+        regions = cfg.COMPILE_REGIONS and isinstance(model, GPT)
+        super().__init__(cfg, device, model, optimizer, ("blocks" if regions else "whole") if compiled else "no")
         self.batches, self.number = batches, 0
 
     def batch(self):
