@@ -11,7 +11,7 @@ from pathlib import Path
 from gpt2 import kvsplice
 from gpt2.kvsplice_calibrator import KVSpliceCalibrator
 from lib import loop, runtime
-from lib.data import EvalSet, train_batch
+from lib.data import EvalSet, draw_size, train_batch
 from lib.steps import file_name
 from lib.streams import cell_seed, stream_seed
 
@@ -30,13 +30,13 @@ def compress(cfg, model, corpus, folder: Path, step: str, device) -> dict:
     """
     path, values_of = kvsplice_file(folder, step), kvsplice.fingerprint(model)
     if not path.exists() or kvsplice.fitted_to(path) != values_of:
-        windows = (train_batch(corpus.train, stream_seed(cell_seed(cfg), "kvsplice"), number, 0, cfg.BATCH_SIZE,
+        windows = (train_batch(corpus.train, stream_seed(cell_seed(cfg), "kvsplice"), number, 0, draw_size(cfg),
                                cfg.GPT2_BLOCK_SIZE)[0] for number in range(cfg.KVSPLICE_MAX_BATCHES))
         with runtime.autocast(cfg, device):
             report = KVSpliceCalibrator(cfg).fit(model, windows)
         kvsplice.save(path, model, step=step, seed=cfg.SEED, identity=values_of, report=report)
     header = kvsplice.load(path, model, identity=values_of)
-    eval_set = EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, cfg.BATCH_SIZE, cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
+    eval_set = EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, draw_size(cfg), cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
     losses = {}
     for mode, name in (("off", "val_loss_before"), ("pca", "val_loss_pca"), ("splice", "val_loss")):
         with kvsplice.codec_mode(model, mode):

@@ -29,7 +29,10 @@ DEFAULT_STUDY = "gpt2-ra-ablation+tiny"
 STEP_SPEC = re.compile(r"([A-Za-z][A-Za-z0-9_]*)(?:@(.+))?")
 # What describes the study as a whole; in a step it would be silently without effect.
 OF_THE_STUDY = ("SEED", "SEEDS", "STUDY", "ABLATION_STEPS", "BASELINE", "OPTIMIZERS", "OUTPUT_DIR", "MARGIN", "CONTROL_STEPS",
-                "MAX_SEEDS", "TUNE_LR", "JOBS")
+                "MAX_SEEDS", "TUNE_LR", "JOBS", "BATCH_SIZE_AUTO")
+
+# How the sequences of an optimizer step are split and drawn.
+BATCH_SPLIT = ("BATCH_SIZE", "GPT2_GRADIENT_ACCUMULATION", "BATCH_DRAWN")
 
 
 class Config:
@@ -117,13 +120,15 @@ class Study:
 
     `config` names a .config file (default: $KCONFIG_CONFIG or .config), `defconfig` a study by name ("gpt2-ra-ablation"
     or "gpt2-ra-ablation+tiny") instead. Without either and without a .config the default study is used, and
-    `is_fallback` is true. `overrides` are assignments on top of every step (environment, command line).
+    `is_fallback` is true. `overrides` are assignments on top of every step (environment, command line). `found` are such
+    that were found for the study as a whole, beneath them: the micro-batch of BATCH_SIZE_AUTO (lib/batch_size.py), which is
+    off in what is resolved.
     """
 
     def __init__(self, defconfig: str | None = None, config: Path | None = None, overrides: list[Assignment] = (),
                  schema: Schema | None = None):
         self.schema = schema or Schema()
-        self.overrides = list(overrides)
+        self.overrides, self.found = list(overrides), []
         path = Path(config or os.environ.get("KCONFIG_CONFIG") or ROOT / ".config")
         self.is_fallback = not defconfig and not path.exists()
         if config and self.is_fallback:
@@ -173,8 +178,13 @@ class Study:
                 if a.name in OF_THE_STUDY:
                     raise UserError(f"{a.where}: {a.name} belongs to the study, a step cannot set it.",
                                     "set it in make menuconfig (SEEDS for seeds).")
+                if self.config.BATCH_SIZE_AUTO and a.name in BATCH_SPLIT:
+                    raise UserError(f"{a.where}: BATCH_SIZE_AUTO finds {a.name} for all steps alike, a step cannot set it.",
+                                    "leave it out of the step, or set BATCH_SIZE_AUTO=n in make menuconfig.")
         if optimizer:
             layers.insert(1, [Assignment(f"OPTIMIZER_{optimizer.upper()}", "y", "OPTIMIZERS")])
+        if self.config.BATCH_SIZE_AUTO:
+            layers.append([Assignment("BATCH_SIZE_AUTO", "n", "resolved"), *self.found])
         layers.append(self.overrides if overrides is None else overrides)
         self.schema.reset()
         self.schema.apply(self.base, verify=False)
@@ -189,6 +199,7 @@ class Study:
         identity = {"set": {n: v for n, v in everything.items() if n in minimal},
                     "default": {n: v for n, v in everything.items() if n not in minimal and v != ""}}
         provenance = {n: [v, where.get(n, "a default of Kconfig")] for n, v in sorted(minimal.items())}
+        provenance |= {a.name: [a.value, a.where] for a in self.found}  # also where it is the default
         return Resolved(config, self.schema.text(), sealed(identity), provenance)
 
     def _check(self, config: Config, budget: bool = True) -> None:

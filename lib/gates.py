@@ -16,10 +16,11 @@ def experiment(record: dict) -> dict:
     get = configuration.get
     sizes = [get(name) for name in ("BATCH_SIZE", "GPT2_GRADIENT_ACCUMULATION")]
     world = (record["environment"] or {}).get("world_size") or 1
+    counted = all(type(number) is int for number in (*sizes, world))
     return {
         "training data": data.get("train_hash"), "evaluation data": data.get("eval_hash"),
         "tokenizer": data.get("tokenizer"),
-        "global batch": None if None in sizes else sizes[0] * sizes[1] * world,
+        "global batch": sizes[0] * sizes[1] * world if counted else None,
         "sequence length": get("GPT2_BLOCK_SIZE"),
         "budget": " ".join(f"{name}={get(name)}" for name in BUDGET if get(name)) or None,
     }

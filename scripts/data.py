@@ -7,7 +7,7 @@ also the embedded one and a local folder, is then opened, checked and described.
 import argparse
 import math
 
-from lib.data import Corpus, EvalSet, open_corpus, unigram_entropy
+from lib.data import Corpus, EvalSet, draw_size, open_corpus, unigram_entropy
 from lib.data.sources import PREPARED
 from lib.errors import reported
 
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
 
             prepare(cfg)
         corpus = open_corpus(cfg)
-        print(described(corpus, EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, cfg.BATCH_SIZE, cfg.GPT2_BLOCK_SIZE,
+        print(described(corpus, EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, draw_size(cfg), cfg.GPT2_BLOCK_SIZE,
                                         corpus.vocab_size)))
 
 

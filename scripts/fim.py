@@ -21,7 +21,7 @@ from gpt2 import fisher, trained
 from lib import atomic, design, runtime
 from lib.arms import group, reference
 from lib.config import announce
-from lib.data import EvalSet, open_corpus
+from lib.data import EvalSet, draw_size, open_corpus
 from lib.errors import UserError, reported
 from lib.paths import shown
 from lib.plan import Plan
@@ -83,11 +83,11 @@ class Windows:
 
         UserError if the set is not the one with this hash.
         """
-        key = (cfg.DATASET, cfg.TOKENIZER, cfg.DATA_DIR, cfg.DATA_LOCAL_DIR, cfg.GPT2_EVAL_SAMPLES, cfg.BATCH_SIZE,
+        key = (cfg.DATASET, cfg.TOKENIZER, cfg.DATA_DIR, cfg.DATA_LOCAL_DIR, cfg.GPT2_EVAL_SAMPLES, draw_size(cfg),
                cfg.GPT2_BLOCK_SIZE)
         if key not in self.sets:
             corpus = open_corpus(cfg)
-            self.sets[key] = EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, cfg.BATCH_SIZE, cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
+            self.sets[key] = EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, draw_size(cfg), cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
         found = self.sets[key]
         if found.hash != eval_hash:
             raise UserError(f"the validation set of {cfg.DATASET} is not the one that {name} was evaluated on.",

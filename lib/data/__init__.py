@@ -8,8 +8,8 @@ Only numpy is needed here. `lib.data.prepare`, which makes the prepared data set
 `datasets` and `tiktoken`, and it imports them where they are used.
 """
 
-from lib.data.batches import EvalSet, train_batch, unigram_entropy
+from lib.data.batches import EvalSet, draw_size, train_batch, unigram_entropy
 from lib.data.sources import Corpus, open_corpus
 from lib.data.tokens import Tokens
 
-__all__ = ["Corpus", "EvalSet", "Tokens", "open_corpus", "train_batch", "unigram_entropy"]
+__all__ = ["Corpus", "EvalSet", "Tokens", "draw_size", "open_corpus", "train_batch", "unigram_entropy"]

@@ -1,7 +1,8 @@
 """What is drawn from a corpus: training batches, the evaluation set, and the loss of guessing without a model.
 
-Invariants: a batch is a function of (seed, step, micro) and of nothing that happened before; the evaluation set is a
-function of the validation tokens and the shapes, not of the seed. All arms of a study therefore see the same numbers.
+Invariants: a batch is a function of (seed, step, micro), of the shapes, and of nothing that happened before; the evaluation
+set is a function of the validation tokens and the shapes, not of the seed. All arms of a study therefore see the same
+numbers.
 """
 
 import hashlib
@@ -16,19 +17,29 @@ from lib.streams import stream_seed
 UNIGRAM_TOKENS = 10_000_000
 
 
-def train_batch(tokens: Tokens, seed: int, step: int, micro: int, batch: int, block: int) -> tuple:
+def draw_size(cfg) -> int:
+    """Sequences of one draw: BATCH_DRAWN, or BATCH_SIZE where that is 0."""
+    return cfg.BATCH_DRAWN or cfg.BATCH_SIZE
+
+
+def train_batch(tokens: Tokens, seed: int, step: int, micro: int, batch: int, block: int, drawn: int = 0) -> tuple:
     """(x, y), int64 [batch, block] each; y is x one token later. Uniform random windows with replacement, as nanoGPT.
 
-    `micro` counts within a step: accumulation steps, and ranks too where several share a step. The window starts are
-    raw output of the counter-based generator Philox, whose key is the seed and whose counter is (step, micro): no
-    two (step, micro) overlap, any is reached at once, and the raw stream is the same for every machine and numpy (what
-    Generator.integers makes of it may change between releases). ValueError if not even one window fits.
+    `micro` counts within a step: accumulation steps, and ranks too where several share a step. The global batch of a step
+    is drawn `drawn` sequences at a time (0: `batch`), and micro-batches are cut from it in order: of two splits of it that
+    are drawn alike, both see the same sequences. The window starts are raw output of the counter-based generator Philox,
+    whose key is the seed and whose counter is (step, draw): no two (step, draw) overlap, any is reached at once, and the raw
+    stream is the same for every machine and numpy (what Generator.integers makes of it may change between releases).
+    ValueError if not even one window fits.
     """
     count = len(tokens) - block
     if count < 1:
         raise ValueError(f"{len(tokens)} tokens hold no window of {block} tokens and their targets")
-    random = np.random.Philox(key=stream_seed(seed, "data"), counter=step << 128 | micro << 64)
-    starts = random.random_raw(batch) % np.uint64(count)  # the bias of the modulo is below count / 2^64
+    key, drawn, first, end = stream_seed(seed, "data"), drawn or batch, micro * batch, (micro + 1) * batch
+    draws = range(first // drawn, -(-end // drawn))
+    raw = np.concatenate([np.random.Philox(key=key, counter=step << 128 | draw << 64).random_raw(drawn) for draw in draws])
+    skipped = first - draws[0] * drawn
+    starts = raw[skipped:skipped + batch] % np.uint64(count)  # the bias of the modulo is below count / 2^64
     return _shifted(tokens.windows(starts.tolist(), block + 1))
 
 

@@ -28,11 +28,14 @@ def open_shard(path: Path) -> np.ndarray:
     """The token ids of one file as a mapped, read-only 1-D array (uint16 or int32). UserError if it is not a shard."""
     if path.suffix == ".npy":
         return _open_npy(path)
-    size = path.stat().st_size
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header = file.read(HEADER_BYTES)
+    except OSError as error:
+        raise _broken(path, f"cannot be read: {error.strerror}") from error
     if size % 2:
         raise _broken(path, f"has {size} bytes, which is no whole number of 16-bit tokens")
-    with open(path, "rb") as file:
-        header = file.read(HEADER_BYTES)
     magic, version, count = struct.unpack("<3i", header[:12].ljust(12, b"\0"))
     if magic != MAGIC:
         return _mapped(path, 0, size // 2)
@@ -44,6 +47,17 @@ def open_shard(path: Path) -> np.ndarray:
     if count != held:
         raise _broken(path, f"holds {held} tokens, but its header says {count}")
     return _mapped(path, HEADER_BYTES, count)
+
+
+def listed(shards) -> list[dict]:
+    """The shards that an index lists. ValueError if one is not what a preparation writes, or lies outside the folder."""
+    for shard in shards:
+        file, tokens, digest = shard["file"], shard["tokens"], shard["sha256"]
+        if not isinstance(file, str) or not re.fullmatch(r"[A-Za-z0-9_]+\.bin", file):
+            raise ValueError(f"{str(file)[:100]!r} is no name of a shard")
+        if type(tokens) is not int or tokens < 1 or not re.fullmatch("[0-9a-f]{64}", str(digest)):
+            raise ValueError(f"{file} is listed without its size or its checksum")
+    return shards
 
 
 def split_files(folder: Path) -> dict[str, list[Path]]:
@@ -83,7 +97,7 @@ def _splits_of(stem: str) -> set[str]:
 def _open_npy(path: Path) -> np.ndarray:
     try:  # allow_pickle off: a pickled array runs code of whoever made the file
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # of a damaged header numpy, zipfile and tokenize raise a dozen types
         raise _broken(path, "cannot be read as a .npy array") from error
     if not isinstance(array, np.ndarray):
         raise _broken(path, "is an archive of arrays, not one .npy array")

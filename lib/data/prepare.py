@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.data.files import repo_path
+from lib.data.files import listed, repo_path
 from lib.data.shards import verify_shards, write_corpus
 from lib.errors import UserError
 from lib.paths import shown
@@ -128,8 +128,10 @@ def _finished(folder: Path, cfg) -> dict:
     try:
         corpus = json.loads((folder / "corpus.json").read_text())
         source, shards, limit, exhausted = (
-            corpus["source"], corpus["shards"], corpus["train_limit"], corpus["exhausted"])
-    except (ValueError, KeyError, TypeError) as error:
+            corpus["source"], listed(corpus["shards"]), corpus["train_limit"], corpus["exhausted"])
+        if type(limit) is not int or type(exhausted) is not bool or not isinstance(source, str):
+            raise ValueError("a value of another kind")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{shown(folder)}/corpus.json cannot be read.", again) from error
     if cfg.DATA_SOURCE and source != _source_name(cfg):  # unset, any source will do: it was somebody's choice
         raise UserError(f"{shown(folder)} was made from {source}, and DATA_SOURCE is {_source_name(cfg)}.", again)

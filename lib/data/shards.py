@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from lib import atomic
+from lib.data.files import listed
 from lib.errors import UserError
 from lib.paths import shown
 
@@ -58,6 +59,11 @@ def write_corpus(folder: Path, request: dict, documents: Callable[[str, int], It
     return writer.finish(train_limit, exhausted)
 
 
+def verify_prepared(folder: Path) -> None:
+    """Compare every shard of a prepared data set that `open_corpus` has opened with its checksum."""
+    verify_shards(folder, listed(json.loads((folder / "corpus.json").read_text())["shards"]))
+
+
 def verify_shards(folder: Path, shards: list[dict]) -> None:
     """Read the listed shards and compare their sha256; UserError for the first that is missing or differs."""
     for shard in shards:
@@ -67,7 +73,7 @@ def verify_shards(folder: Path, shards: list[dict]) -> None:
                 # the validation file may already be longer than what the last progress.json knows of it
                 digest = _sha256(file.read(2 * shard["tokens"])) if shard["file"] == VAL_FILE else \
                     hashlib.file_digest(file, "sha256").hexdigest()
-        except FileNotFoundError:
+        except OSError:
             digest = None
         if digest != shard["sha256"]:
             raise UserError(f"{shown(path)} is missing or not what was written.",
@@ -147,8 +153,12 @@ class _Writer:
         try:
             state = json.loads((self.folder / "progress.json").read_text())
             request, self.documents, self.shards, val = (
-                state["request"], state["documents"], state["shards"], state["val"])
-        except (ValueError, KeyError, TypeError) as error:
+                state["request"], state["documents"], listed(state["shards"]), state["val"])
+            if not isinstance(request, dict) or type(self.documents) is not int:
+                raise ValueError("a value of another kind")
+            if val["tokens"]:  # none may have been gathered yet
+                listed([val])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{shown(self.folder)}/progress.json cannot be read.", again) from error
         if request != self.request:
             changed = sorted(key for key in request.keys() | self.request.keys()

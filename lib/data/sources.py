@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.data.files import open_shard, repo_path, split_files
+from lib.data.files import listed, open_shard, repo_path, split_files
 from lib.data.tokens import Tokens
 from lib.errors import UserError
 from lib.paths import shown
@@ -119,11 +119,11 @@ def _prepared(folder: Path, name: str, tokenizer: str) -> tuple[Tokens, Tokens]:
     try:
         corpus = json.loads((folder / "corpus.json").read_text())
         made_with, shards = corpus["tokenizer"], {"train": [], "val": []}
-        for shard in corpus["shards"]:
+        for shard in listed(corpus["shards"]):
             shards[shard["split"]].append((folder / shard["file"], shard["tokens"]))
     except FileNotFoundError as error:
         raise UserError(f"The preparation of {name} in {shown(folder)} did not finish.", "make data") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{shown(folder)}/corpus.json cannot be read.",
                         f"delete {shown(folder)}, then make data") from error
     if made_with != tokenizer:

@@ -11,7 +11,7 @@ def config(tmp_path):
     def make(**changes):
         values = {"DATASET": "local", "TOKENIZER": "gpt2", "DATA_DIR": str(tmp_path / "data"),
                   "DATA_LOCAL_DIR": str(tmp_path / "local"), "DATA_PREPARE_TOKENS": 0, "DATA_SOURCE": "",
-                  "BATCH_SIZE": 2, "GPT2_BLOCK_SIZE": 8, "GPT2_EVAL_SAMPLES": 3, "SEED": 1337}
+                  "BATCH_SIZE": 2, "BATCH_DRAWN": 0, "GPT2_BLOCK_SIZE": 8, "GPT2_EVAL_SAMPLES": 3, "SEED": 1337}
         return SimpleNamespace(**values | changes)
     return make
 

@@ -42,6 +42,16 @@ def test_batches_are_the_same_everywhere_and_forever():
     assert starts(1337, 1, 2, batch=6) == [819, 248, 93, 675, 77, 58]
 
 
+@quick
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 30))
+def test_every_split_of_a_global_batch_holds_the_same_sequences_in_the_same_order(drawn, batch, count):
+    """Whether draws are larger than micro-batches or smaller, and where neither divides the other."""
+    def sequences(batch, drawn):
+        parts = [train_batch(CORPUS, 5, 6, micro, batch, 4, drawn) for micro in range(-(-count // batch))]
+        return np.concatenate([x for x, _ in parts])[:count].tolist()
+    assert sequences(batch, drawn) == sequences(drawn, 0) == sequences(count, drawn)
+
+
 def test_windows_are_uniform_and_reach_both_ends():
     drawn = np.array([start for step in range(400) for start in starts(7, step, 0)])
     assert drawn.min() == 0 and drawn.max() == 1000 - 5

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lib.data import open_corpus, sources
+from lib.data.shards import verify_prepared
 from lib.errors import UserError
 from lib.paths import ROOT
 
@@ -127,9 +128,9 @@ def prepared(folder, **changes):
     write(folder / "train_000001.bin", 40, offset=60)
     write(folder / "val_000000.bin", 20)
     corpus = {"tokenizer": "gpt2", "shards": [
-        {"split": "train", "file": "train_000000.bin", "tokens": 60},
-        {"split": "train", "file": "train_000001.bin", "tokens": 40},
-        {"split": "val", "file": "val_000000.bin", "tokens": 20}]}
+        {"split": name.partition("_")[0], "file": name, "tokens": (folder / name).stat().st_size // 2,
+         "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()}
+        for name in ("train_000000.bin", "train_000001.bin", "val_000000.bin")]}
     (folder / "corpus.json").write_text(json.dumps(corpus | changes))
 
 
@@ -141,6 +142,17 @@ def test_a_prepared_data_set_is_what_corpus_json_lists(config, tmp_path):
     assert (len(corpus.train), len(corpus.val)) == (100, 20)
 
 
+def test_a_flipped_bit_of_a_shard_is_named_before_cells_run(config, tmp_path):
+    folder = tmp_path / "data" / "tinystories"
+    prepared(folder)
+    verify_prepared(folder)
+    data = bytearray((folder / "train_000001.bin").read_bytes())
+    data[7] ^= 1 << 2
+    (folder / "train_000001.bin").write_bytes(data)
+    with pytest.raises(UserError, match="train_000001.bin is missing or not what was written"):
+        verify_prepared(folder)
+
+
 def test_an_unfinished_or_damaged_preparation_is_refused(config, tmp_path):
     folder, cfg = tmp_path / "data" / "tinystories", config(DATASET="tinystories")
     prepared(folder)
@@ -150,7 +162,10 @@ def test_an_unfinished_or_damaged_preparation_is_refused(config, tmp_path):
     assert "train_000001.bin" in refusal(cfg).what
     prepared(folder, tokenizer="other")
     assert "other tokens" in refusal(cfg).what
-    for text in ("{", "[]", "{}", '{"tokenizer": "gpt2", "shards": [{"split": "test"}]}'):
+    outside = {"split": "val", "file": "../x.bin", "tokens": 9, "sha256": "0" * 64}
+    for text in ("{", "[]", "{}", '{"tokenizer": "gpt2", "shards": [{"split": "test"}]}', "[" * 100_000,
+                 *(json.dumps({"tokenizer": "gpt2", "shards": [outside | change]}) for change in (
+                     {}, {"file": "/etc/passwd"}, {"file": "x.bin", "tokens": "9"}, {"file": "x.bin", "sha256": None}))):
         (folder / "corpus.json").write_text(text)
         assert "corpus.json cannot be read" in refusal(cfg).what
     (folder / "corpus.json").unlink()
