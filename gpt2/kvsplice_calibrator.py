@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from gpt2.kvsplice import KVSplice, bypassed, codec_mode, full_precision, piecewise
+from lib import process
 from lib.errors import UserError
 from lib.mechanisms import layer_number
 from lib.streams import cell_seed, stream_seed
@@ -145,6 +146,7 @@ class KVSpliceCalibrator:
                 model.eval()
                 for idx in itertools.islice(batches, self.max_batches):
                     model(torch.as_tensor(idx, device=device), last=True)
+                    process.show_life()
         finally:
             for hook in hooks:
                 hook.remove()
@@ -184,6 +186,7 @@ def fit_geometry(rows, choosing, k: int, knots: int, epochs: int, lr: float, gen
                     (squared_error(batch, at, w, centre, basis) / power).sum().backward()
                     optimizer.step()
                     optimizer.zero_grad()
+                    process.show_life()
     heads = {name: int((best["origin"] == number).sum()) for number, name in enumerate(ORIGINS)}
     geometry = {name: best[name] for name in ("heights", "centre", "basis")}
     return geometry | {"mean": mean, "knots": at[:, 0], "pca_basis": principal(x, k)[1]}, heads

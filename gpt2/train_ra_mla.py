@@ -12,6 +12,7 @@ again to resume).
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import time
@@ -24,6 +25,7 @@ KVSPLICE_FLAGS = {f"--kvsplice-{name}": f"KVSPLICE_{name.upper().replace('-', '_
                   for name in ("k", "knots", "samples", "max-batches", "epochs", "lr")}
 sys.path[0] = str(ROOT)  # run as a script, Python puts gpt2/ there, and modules would be found under two names
 
+from lib import failures  # noqa: E402
 from lib.config import Resolved, Study, announce, environment_overrides  # noqa: E402
 from lib.errors import UserError, reported  # noqa: E402
 from lib.kconfig import BUDGET, Assignment  # noqa: E402
@@ -99,6 +101,7 @@ def by_hand_overrides(settings: list[str], seed: int | None) -> list[Assignment]
 
 def run_by_hand(resolved: Resolved, step: str, folder: Path) -> int:
     """One cell outside any study's folder, prepared the way make prepares it."""
+    from lib import results
     from lib.cells import Cell
     from lib.config import identity_changes
     from lib.launch import prepare
@@ -106,7 +109,10 @@ def run_by_hand(resolved: Resolved, step: str, folder: Path) -> int:
     cell = Cell(step, resolved.config.OPTIMIZER, resolved.config.SEED, folder.name, resolved)
     if (folder / "provenance.json").exists():
         changes = identity_changes(read_provenance(folder)["identity"], cell.provenance()["identity"])
-        if changes or (folder / "metrics.json").exists():
+        record = results.read(folder)
+        if record and record["state"] == "failed" and not changes:
+            (folder / results.NAME).unlink()
+        elif changes or record:
             raise UserError(f"{folder} already holds {'another cell: ' + '; '.join(changes) if changes else 'this result'}.",
                             "give another folder with --out.")
     try:
@@ -117,12 +123,29 @@ def run_by_hand(resolved: Resolved, step: str, folder: Path) -> int:
 
 
 def run_cell(folder: Path) -> int:
-    """Train the cell in `folder` to its end, from its checkpoint if there is one."""
+    """Train the cell in `folder` to its end, from its checkpoint if there is one. One that runs out of memory says so in
+    metrics.json, with its peak."""
     from lib import process
 
     process.die_with_launcher()
     provenance = read_provenance(folder)
     cfg = Study(config=folder / ".config").config
+    try:
+        return train_cell(folder, cfg, provenance)
+    except (MemoryError, RuntimeError, OSError) as error:
+        if failures.kind(error) == failures.MEMORY:
+            from lib import results, runtime
+
+            peak = runtime.peak_memory_bytes(runtime.setup(cfg))
+            reason = (f"{failures.sentence(error)} (peak {peak / 2 ** 30:.1f} GiB at {cfg.BATCH_SIZE} sequences at once, "
+                      f"{cfg.GPT2_GRADIENT_ACCUMULATION} times a step)")
+            results.write(folder, provenance, "failed", reason, peak_memory_bytes=peak, configuration=cfg.as_json())
+        raise
+
+
+def train_cell(folder: Path, cfg, provenance: dict) -> int:
+    from lib import process
+
     started = datetime.now(UTC).isoformat(timespec="seconds")
 
     # Imported here, so that bad input and --help do not wait for torch.
@@ -131,7 +154,7 @@ def run_cell(folder: Path) -> int:
     from gpt2 import splicing
     from gpt2.kvsplice import codec_mode
     from gpt2.model import GPT
-    from lib import checkpoint, loop, optimizers, results, runtime, tracking
+    from lib import checkpoint, finite, generations, loop, optimizers, results, runtime, tracking
     from lib.data import open_corpus
     from lib.schedule import Budget, tokens_per_iteration
 
@@ -148,7 +171,7 @@ def run_cell(folder: Path) -> int:
         tracker = tracking.open_tracker(cfg, folder, provenance)
         return tracking.MetricsLog(folder, keep, tracker)
 
-    state, reason = "done", None
+    state, reason, keeping = "done", None, cfg.SAVE_MODEL
     progress = loop.Progress()
     clock = loop.Clock(progress, device, BEGUN)
     if cfg.EVALUATE_ONLY:  # what was trained is the parent's
@@ -169,12 +192,19 @@ def run_cell(folder: Path) -> int:
         if cfg.KVSPLICE and not parent:
             compression = compress()
             progress.val_loss, progress.best_val_loss = compression["val_loss"], None  # the best was uncompressed
+            if not math.isfinite(progress.val_loss):
+                raise loop.Diverged(f"the validation loss with compressed values is {progress.val_loss}")
     except loop.Interrupted:
         return process.EXIT_INTERRUPTED
     except loop.Diverged as error:
         state, reason = "diverged", str(error)
         progress.val_loss = None  # a value from the middle of the run is no result
-    if cfg.SAVE_MODEL:
+        if keeping and (name := finite.not_finite(dict(model.named_parameters()))):
+            iteration = bring_back(model, folder)
+            keeping = iteration is not None
+            reason += f"; {name} is not finite, " + (f"so model.pt is the checkpoint of iteration {iteration}" if keeping
+                                                     else "and no checkpoint is there, so there is no model.pt")
+    if keeping:
         checkpoint.save(folder / "model.pt", model=model.state_dict(), configuration=cfg.as_json(),
                         step=provenance["step"], seed=cfg.SEED, identity=provenance["identity"]["hash"])
     else:
@@ -198,21 +228,42 @@ def run_cell(folder: Path) -> int:
         data=corpus.record() | {"eval_hash": progress.eval_hash, "unigram_entropy": progress.unigram_entropy},
         environment=environment,
         configuration=cfg.as_json(), started=started, finished=datetime.now(UTC).isoformat(timespec="seconds"))
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    generations.remove(folder)
     return 0
+
+
+def bring_back(model, folder: Path) -> int | None:
+    """Give `model` the state of the last checkpoint, which is finite; its iteration, or None if there is none."""
+    from lib import generations
+
+    try:
+        content = generations.load(folder, "cpu")
+    except UserError:
+        return None
+    if content is None:
+        return None
+    model.load_state_dict(content["model"])
+    return content["progress"]["iteration"]
 
 
 def read_provenance(folder: Path) -> dict:
     try:
         provenance = json.loads((folder / "provenance.json").read_text())
-        return {key: provenance[key] for key in ("study", "step", "optimizer", "seed", "parent", "identity")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = {key: provenance[key] for key in ("study", "step", "optimizer", "seed", "parent", "identity")}
+        kinds = {"study": str, "step": str, "optimizer": str, "seed": int, "parent": str | None, "identity": dict}
+        wrong = [key for key, kind in kinds.items() if not isinstance(found[key], kind)]
+        if wrong or "/" in (found["parent"] or "") or not isinstance(found["identity"].get("hash"), str) or not all(
+                isinstance(found["identity"].get(part), dict) for part in ("set", "default")):
+            raise ValueError("it is not of a cell")
+        return found
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder}/provenance.json cannot be read: {error}.", "run the cell through make.") from None
 
 
 def load_parent(model, folder: Path, provenance: dict, step: str) -> dict:
     """Start from the trained model of `step` under the same seed; tensors it does not have keep their own start. Returns the
     parent's record."""
+    from gpt2.kvsplice import KVSplice
     from lib import checkpoint, results
 
     if not provenance["parent"]:
@@ -224,9 +275,16 @@ def load_parent(model, folder: Path, provenance: dict, step: str) -> dict:
     if not path.exists():  # make sees that it is done, and would not run it again by itself
         raise UserError(f"parent {step} is done, but its model is not in {path.parent}: SAVE_MODEL was off, or it was unpacked "
                         "from an archive.", "set SAVE_MODEL=y, move that folder away, then make RETRY=1.")
+    content = checkpoint.load(path)
+    if content.get("identity") != record["identity"].get("hash"):
+        raise UserError(f"{path} is not the model of the result beside it.",
+                        "move that folder away, make, then make RETRY=1.")
+    # A codec is fitted to the parent's values anew; the parent's own may be of another width.
+    codecs = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, KVSplice))
     try:
-        unexpected = model.load_state_dict(checkpoint.load(path)["model"], strict=False).unexpected_keys
-    except RuntimeError as error:  # a tensor of another shape
+        held = {name: tensor for name, tensor in content["model"].items() if not name.startswith(codecs)}
+        unexpected = model.load_state_dict(held, strict=False).unexpected_keys
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:  # a tensor of another shape; no tensors at all
         unexpected = [str(error).splitlines()[-1].strip()]
     if unexpected:
         raise UserError(f"the model of {step} does not fit this step's: {unexpected[0]}.",
@@ -235,5 +293,5 @@ def load_parent(model, folder: Path, provenance: dict, step: str) -> dict:
 
 
 if __name__ == "__main__":
-    with reported():
+    with reported(), failures.disk_told_by_exit_status():
         sys.exit(main())

@@ -2,9 +2,11 @@
 
 Contract: after `write_text`, `write_bytes` or a finished `replacing` block the file holds the new content, on disk; if
 anything fails or the process dies before that, the old content is still there. The temporary file lies in the same
-folder, because a rename is atomic only within one file system.
+folder, because a rename is atomic only within one file system. It is locked while its writer lives, so that what a killed
+process has left can be told from what is being written.
 """
 
+import fcntl
 import json
 import os
 import tempfile
@@ -13,28 +15,58 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path):
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it onto `path`."""
+def replacing(path, kept_as=None):
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it onto `path`.
+
+    The old file becomes `kept_as`, if that is given: between the two renames there is only that one.
+    """
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
     temporary = Path(name)
     try:
+        _lock(handle)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; results are for the group too
+        if kept_as is not None and path.exists():
+            os.replace(path, kept_as)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(handle)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the rename itself must survive a power cut
     finally:
         os.close(folder)
+
+
+def _lock(handle: int) -> bool:
+    """Whether nobody else has it. A file system without locks has no orphans that could be told from others."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+
+
+def remove_orphans(folder) -> None:
+    """Remove the temporary files in `folder` whose writers are gone; those that are being written stay."""
+    for orphan in Path(folder).glob(".*.tmp"):
+        try:
+            handle = os.open(orphan, os.O_RDWR)
+        except OSError:  # just renamed, or another user's
+            continue
+        try:
+            if _lock(handle):
+                orphan.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
 
 
 def write_bytes(path, data: bytes) -> None:

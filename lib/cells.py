@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib import results
+from lib import generations, results
 from lib.config import Resolved, Study, identity_changes, sealed
 from lib.errors import UserError
 from lib.steps import file_name
@@ -50,10 +50,15 @@ class Status:
     record: dict | None = None
 
 
+def whole(text: str) -> int | None:
+    """The whole number that a word is; None if it is none, or one that nobody means."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 10 else None
+
+
 def parse_seeds(text: str, base: int) -> list[int]:
     """'1337 1338' is a list; one number up to 100 is a count from `base`. Duplicates are refused."""
     words = text.replace(",", " ").split()
-    if not words or not all(w.isdecimal() and w.isascii() and len(w) <= 10 and int(w) < SEED_LIMIT for w in words):
+    if not words or not all((number := whole(w)) is not None and number < SEED_LIMIT for w in words):
         raise UserError(f"SEEDS='{text}' is neither a count nor a list of seeds.",
                         "give a count like SEEDS=3 or a list like SEEDS='1337 1338 1339'.")
     seeds = [int(w) for w in words]
@@ -170,12 +175,12 @@ def inspect(out: Path, cell: Cell) -> Status:
     if record is None:
         if is_locked(folder):
             return Status("running", "another make runs it")
-        if not (folder / "checkpoint.pt").exists():
+        if not generations.there(folder):
             return Status("interrupted", "its process ended before its first checkpoint, so it starts anew")
         try:
             found = json.loads((folder / "provenance.json").read_text())["identity"]
             changes = identity_changes(found, cell.resolved.with_seed(cell.seed).identity)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             return Status("stale", f"provenance.json cannot be read: {error}")
         if changes:
             return Status("stale", f"its checkpoint is of another configuration: {'; '.join(changes)}")
@@ -202,5 +207,5 @@ def is_locked(folder: Path) -> bool:
             return False
     except Timeout:
         return True
-    except PermissionError:  # another user's cell, or a folder that is only read
+    except OSError:  # another user's cell, or a folder or disk that is only read: who may not write there cannot run it either
         return False

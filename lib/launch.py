@@ -2,7 +2,8 @@
 
 Contract: returns 0 once the cell's state is on disk (done, diverged, failed, or interrupted because its process was
 killed), so that make goes on with the other cells; returns 128 + signal when the launcher itself was asked to stop. Only
-one launcher runs a cell at a time. The cell gets SIGTERM first; a second signal, seconds later, kills it.
+one launcher runs a cell at a time. A cell that is to stop gets SIGTERM first. STOP_SECONDS later, or at a second signal, its
+whole group is killed. A cell that shows no progress for CELL_TIMEOUT seconds is stopped so too, and has failed.
 """
 
 import json
@@ -17,9 +18,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lib import atomic, process, results
+from lib import atomic, failures, generations, process, results
 from lib.cells import Cell
 from lib.config import Config, Resolved
+from lib.errors import UserError
 from lib.paths import ROOT, shown
 from lib.tables import count, duration
 
@@ -33,7 +35,7 @@ PLAIN_LINE_SECONDS = 60.0  # how often a cell reports where there is no terminal
 def read_plan(plan: Path, seed: int, folder: Path, parent: str | None) -> Cell:
     """The cell that a plan file describes, under `seed`."""
     content = json.loads(plan.read_text())
-    values = {"STUDY": content["study"], "TRAINER": content["trainer"]}
+    values = {"STUDY": content["study"], "TRAINER": content["trainer"], **content["limits"]}
     resolved = Resolved(Config(values), content["config"], content["identity"], content["symbols"])
     return Cell(content["step"], content["optimizer"], seed, folder.name, resolved, parent)
 
@@ -49,24 +51,28 @@ def run(folder: Path, plan: Path, seed: int, position: str, parent: str | None) 
     """Run the cell in `folder`; `position` is "3/7" for the display."""
     cell = read_plan(plan, seed, folder, parent)
     title = f"{position:>7}  {cell.step} seed {seed}"
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / ".lock", timeout=LOCK_SECONDS):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=LOCK_SECONDS) as lock:
             if record := results.read(folder):
                 if record["state"] != "failed":
                     print(f"{title}: another make has finished it meanwhile")
                     return 0
                 (folder / results.NAME).unlink()  # the plan lists a failed cell only when it is to run again
-            for orphan in folder.glob(".*.tmp"):  # left by a process that died while writing
-                orphan.unlink()
+            atomic.remove_orphans(folder)
             prepare(folder, cell)
-            return _run_locked(folder, cell, title, position)
+            return _run_locked(folder, cell, title, position, process.held_by_children(lock))
     except Timeout:
         print(f"{title}: another make is running it")
         return 0
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # also where the record of a failed cell finds no room: the cell then counts as interrupted
+        raise UserError(f"{shown(folder)} cannot be written: {error.strerror or error}.",
+                        "free space or mend the disk, then make again: it goes on from the last checkpoint.") from None
 
 
-def _run_locked(folder: Path, cell: Cell, title: str, position: str) -> int:
+def _run_locked(folder: Path, cell: Cell, title: str, position: str, lock: list[int]) -> int:
     asked: list[tuple[int, float]] = []
 
     def ask(number, _=None):
@@ -78,25 +84,36 @@ def _run_locked(folder: Path, cell: Cell, title: str, position: str) -> int:
             signal.signal(number, ask)
     makes = [os.getppid()] + ([int(os.environ[process.MAKE_VARIABLE])] if os.environ.get(process.MAKE_VARIABLE) else [])
     watch = process.Watch(*makes)
-    display = Display(folder, title, position)
-    begun = time.monotonic()
+    display, life, kills = Display(folder, title, position), process.Life(), process.memory_kills()
+    limits = cell.resolved.config
+    begun, hung, told, killing = time.monotonic(), None, None, False
     with open(folder / "training.log", "a") as log:
         log_start = log.tell()
         child = subprocess.Popen([sys.executable, str(ROOT / cell.resolved.config.TRAINER), "--cell", str(folder)], stdout=log,
                                  stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-                                 env={**os.environ, process.LAUNCHER_VARIABLE: str(os.getpid())})
-        forwarded = 0
+                                 pass_fds=[life.handle, *lock], env={**os.environ, process.LAUNCHER_VARIABLE: str(os.getpid()),
+                                                              process.LIFE_VARIABLE: str(life.handle)})
         while child.poll() is None:
+            silence, now = life.silence(), time.monotonic()
             if watch.ended() and not asked:
                 ask(signal.SIGTERM)
-            if forwarded < len(asked):
-                # The first goes to the cell alone: its group holds helpers (compile workers) that it still needs to stop.
-                _signal(child, signal.SIGKILL, group=True) if forwarded else _signal(child, signal.SIGTERM)
-                forwarded = len(asked)
+            if limits.CELL_TIMEOUT and silence > limits.CELL_TIMEOUT and not (asked or hung):
+                hung = f"timeout: no progress for {duration(silence)}{display.where()}"
+            if (asked or hung) and told is None:
+                # To the cell alone: its group holds helpers (compile workers) that it still needs to stop.
+                _signal(child, signal.SIGTERM)
+                told = now
+            elif len(asked) + bool(hung) > 1 or told is not None and now - told > limits.STOP_SECONDS:
+                _signal(child, signal.SIGKILL, group=True)
+                killing = True
             display.update()
             time.sleep(POLL_SECONDS)
     _signal(child, signal.SIGKILL, group=True)  # helpers of the cell, if it left any
-    conclude(folder, cell, title, display, child.returncode, log_start, time.monotonic() - begun)
+    life.close()
+    reason = hung
+    if child.returncode == -signal.SIGKILL and not killing and kills is not None and process.memory_kills() > kills:
+        reason = f"{failures.MEMORY}: killed by signal 9 while the kernel, short of memory, was killing processes"
+    conclude(folder, cell, title, display, child.returncode, log_start, time.monotonic() - begun, reason)
     return 128 + asked[0][0] if asked else 0
 
 
@@ -107,14 +124,17 @@ def _signal(child: subprocess.Popen, number: int, group: bool = False) -> None:
         pass
 
 
-def conclude(folder: Path, cell: Cell, title: str, display, code: int, log_start: int, seconds: float) -> None:
-    """Say how the cell ended, and write the record of one that failed. `code` is its exit status, -N for signal N."""
+def conclude(folder: Path, cell: Cell, title: str, display, code: int, log_start: int, seconds: float,
+             reason: str | None) -> None:
+    """Say how the cell ended, and write the record of one that failed. `code` is its exit status, -N for signal N; `reason` is
+    what the launcher itself knows of why, which the log (from byte `log_start` on) does not say."""
     record = results.read(folder)
-    if record is None and (code not in (0, process.EXIT_INTERRUPTED) and code >= 0 or -code in CRASHES):
-        record = results.write(folder, cell.provenance(), "failed", failure_reason(folder, code, log_start))
+    if record is None and (reason or code not in (0, process.EXIT_INTERRUPTED) and code >= 0 or -code in CRASHES):
+        written = (folder / "training.log").read_bytes()[log_start:].decode(errors="replace")
+        record = results.write(folder, cell.provenance(), "failed", reason or failures.from_log(written, code))
     log = shown(folder / "training.log")
     if record is None:
-        again = "resumes it" if (folder / "checkpoint.pt").exists() else "starts it anew"
+        again = "resumes it" if generations.there(folder) else "starts it anew"
         killed = f" by signal {-code}" if code < 0 else ""
         display.finish(f"{title}: interrupted{killed} after {duration(seconds)}; make {again}")
     elif record["state"] == "done":
@@ -123,20 +143,6 @@ def conclude(folder: Path, cell: Cell, title: str, display, code: int, log_start
                        f"{duration(seconds)} in all")
     else:
         display.finish(f"{title}: {record['state']}: {record['reason']} (see {log})")
-
-
-def failure_reason(folder: Path, code: int, log_start: int = 0) -> str:
-    """One line on why a cell's process ended with `code`: its own error sentence, or the end of its traceback.
-
-    Only what this process wrote counts, from byte `log_start` of the log on.
-    """
-    written = (folder / "training.log").read_bytes()[log_start:].decode(errors="replace")
-    lines = [line for line in written.splitlines() if line.strip()]
-    for line in reversed(lines[-50:]):
-        if line.startswith("error: "):
-            return line.removeprefix("error: ")
-    last = lines[-1].strip() if lines else "it printed nothing"
-    return (f"killed by signal {-code}: " if code < 0 else f"exit status {code}: ") + last[:300]
 
 
 class Display:
@@ -163,6 +169,11 @@ class Display:
             print("\r\x1b[K" + text[:width - 1], end="", flush=True)
         else:
             print(text, flush=True)
+
+    def where(self) -> str:
+        """How far the log says that the cell is: ", after iteration 120"; empty if it does not."""
+        self._read()
+        return f", after iteration {self.row['iteration']}" if "iteration" in self.row else ""
 
     def finish(self, text: str) -> None:
         print(("\r\x1b[K" if self.live else "") + text, flush=True)

@@ -16,11 +16,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from lib import checkpoint, process, runtime
+from lib import finite, generations, process, runtime
 from lib.config import identity_changes
-from lib.data import EvalSet, train_batch, unigram_entropy
+from lib.data import EvalSet, draw_size, train_batch, unigram_entropy
 from lib.errors import UserError
 from lib.mechanisms import Mechanisms, Moment
 from lib.schedule import Budget, learning_rate, tokens_per_iteration
@@ -34,7 +35,7 @@ class Interrupted(Exception):
 
 
 class Diverged(Exception):
-    """The loss is no longer finite."""
+    """A loss, a gradient or a weight is no longer finite; the model is as before the step at which that was."""
 
 
 @dataclass
@@ -49,7 +50,8 @@ class Progress:
     train_loss: float | None = None
     val_loss: float | None = None
     inactive: str | None = None
-    last_loss: float | None = None
+    last_loss: float | None = None  # of the last finite step, as last_norm, that of its gradient
+    last_norm: float | None = None
     peak_memory_bytes: int = 0  # of programs and processes before this one
     loss_sum: float = 0.0
     loss_count: int = 0
@@ -100,7 +102,8 @@ class StopRequest:
 
 def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log, clock: Clock, progress: Progress,
           stop, save_at_end: bool = False) -> None:
-    """Train `model` in place and account for it in `progress`, which is kept in `folder`/checkpoint.pt and resumed from it.
+    """Train `model` in place and account for it in `progress`, which is kept in the checkpoints of `folder` and resumed
+    from them.
 
     `identity` is the cell's (a checkpoint of another one, or of other data, is refused with UserError). `open_log(keep)`
     gives a MetricsLog with its first `keep` rows; `stop.asked` ends the run after the current step. `save_at_end`
@@ -109,14 +112,13 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
     """
     device, seed = clock.device, cell_seed(cfg)
     budget, per_iteration = Budget.from_config(cfg), tokens_per_iteration(cfg)
-    eval_set = EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, cfg.BATCH_SIZE, cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
+    eval_set = EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, draw_size(cfg), cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
     data = {"train_hash": corpus.train.fingerprint(), "eval_hash": eval_set.hash}
     training = budget.iterations != 0  # a cell that is only evaluated compiles nothing
     compiling = training and (cfg.GPT2_COMPILE or device.type == "cuda")
-    if (folder / "checkpoint.pt").exists():
-        resume(folder, identity, data, model, optimizer, progress, device)
+    resume(folder, identity, data, model, optimizer, progress, device)
     if training and cfg.GPT2_COMPILE:
-        model.compile(dynamic=False)
+        compile_model(cfg, model)
     if compiling:
         clock.switch("compile")
         warm_up(cfg, model, optimizer, eval_set, device)
@@ -125,19 +127,31 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
     progress.eval_hash, progress.unigram_entropy = eval_set.hash, unigram_entropy(corpus.train, eval_set)
     log = open_log(progress.rows)
     mechanisms = Mechanisms(model)
+    guard = finite.Guard(optimizer, device, progress.iteration, progress.last_loss, progress.last_norm)
+
+    def require_finite(weights=False):
+        found = guard.verdict()
+        if weights and not found and (name := finite.not_finite(finite.state_of(model, optimizer))):
+            found = f"{name} is not finite after iteration {progress.iteration}"
+        if found:
+            progress.iteration, *_ = guard.last()
+            log.close()
+            raise Diverged(found)
 
     def save_checkpoint():
         clock.switch("checkpoint")
+        require_finite(weights=True)
         progress.rows = log.count
         progress.peak_memory_bytes = max(progress.peak_memory_bytes, runtime.peak_memory_bytes(device))
         progress.loss_sum, progress.loss_count = loss_sum.item(), loss_count
-        progress.last_loss = None if last_loss is None else last_loss.item()
-        checkpoint.save(folder / "checkpoint.pt", identity=identity, data=data, progress=vars(progress),
-                        model=model.state_dict(), optimizer=optimizer.state_dict())
+        _, progress.last_loss, progress.last_norm = guard.last()
+        generations.save(folder, identity=identity, data=data, progress=vars(progress), model=model.state_dict(),
+                         optimizer=optimizer.state_dict())
 
     def evaluate_and_log(last=False):
         nonlocal loss_sum, loss_count
         clock.switch("eval")
+        require_finite(weights=last)
         progress.val_loss = evaluate(cfg, model, eval_set, device)
         if loss_count:
             progress.train_loss = loss_sum.item() / loss_count
@@ -188,7 +202,8 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
         logging = (progress.iteration + 1) % cfg.GPT2_LOG_INTERVAL == 0
         step_loss = torch.zeros((), dtype=torch.float64, device=device)
         for micro in range(cfg.GPT2_GRADIENT_ACCUMULATION):
-            batch = train_batch(corpus.train, seed, progress.iteration, micro, cfg.BATCH_SIZE, cfg.GPT2_BLOCK_SIZE)
+            batch = train_batch(corpus.train, seed, progress.iteration, micro, cfg.BATCH_SIZE, cfg.GPT2_BLOCK_SIZE,
+                                draw_size(cfg))
             x, y = to_device(batch, device)
             timer = ForwardTimer(device) if logging else None
             with runtime.autocast(cfg, device):
@@ -197,8 +212,10 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
                 timer.stop()
             ((loss + mechanisms.penalty()) / cfg.GPT2_GRADIENT_ACCUMULATION).backward()
             step_loss += loss.detach().double() / cfg.GPT2_GRADIENT_ACCUMULATION
+            process.show_life()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.GRAD_CLIP or math.inf)
-        optimizer.step()
+        guard.look(progress.iteration + 1, step_loss, norm)
+        optimizer.step()  # changes nothing from the first step on that is not finite
         optimizer.zero_grad(set_to_none=True)
         last_loss = step_loss
         if progress.first_loss is None:
@@ -217,9 +234,7 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
                     learning_rate=rate, grad_norm=norm.item(), forward_time_ms=timer.milliseconds(),
                     tokens_per_second=iterations * per_iteration / seconds, steps_per_second=iterations / seconds,
                     peak_memory_bytes=runtime.peak_memory_bytes(device), **mechanisms.statistics())
-            if not math.isfinite(step_loss.item()):
-                log.close()
-                raise Diverged(f"the training loss is {step_loss.item()} at iteration {progress.iteration}")
+            require_finite()
             clock.switch("train")
         if progress.iteration % cfg.GPT2_EVAL_INTERVAL == 0 and budget.progress(progress.iteration, clock.read("train")) < 1:
             evaluate_and_log()
@@ -237,8 +252,10 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
 
 
 def resume(folder: Path, identity: dict, data: dict, model, optimizer, progress: Progress, device) -> None:
-    """Continue from the checkpoint. Clocks add up: what this process spent before (compiling) stays counted."""
-    content = checkpoint.load(folder / "checkpoint.pt", device)
+    """Continue from a checkpoint, if there is one. Clocks add up: what this process spent before (compiling) stays counted."""
+    content = generations.load(folder, device)
+    if content is None:
+        return
     changes = identity_changes(content["identity"], identity)
     changes += [f"{name} {content['data'][name][:12]} -> {new[:12]}" for name, new in data.items()
                 if content["data"][name] != new]
@@ -255,15 +272,27 @@ def resume(folder: Path, identity: dict, data: dict, model, optimizer, progress:
     optimizer.load_state_dict(content["optimizer"])
 
 
+def compile_model(cfg, model) -> None:
+    """Have torch.compile make programs of the model, or of its regions, at their first use."""
+    if cfg.COMPILE_REGIONS:
+        # Layers that differ in a Python constant have a program each; beyond the limit they would run uncompiled, silently.
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10 ** 6
+        model.compile_regions()
+    else:
+        model.compile(dynamic=False)
+
+
 def warm_up(cfg, model, optimizer, eval_set, device) -> None:
     """Compile, allocate and choose kernels in a few steps whose effect is undone, off the budget."""
     before, optimizer_before = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     batch = next(iter(eval_set))
     model.train()
     for _ in range(COMPILE_WARMUP_STEPS):
-        x, y = to_device(batch, device)
+        # evaluation may be in another shape than training
+        x, y = to_device([np.resize(part, (cfg.BATCH_SIZE, part.shape[1])) for part in batch], device)
         with runtime.autocast(cfg, device):
             _, loss = model(x, y)
+        process.show_life()
         (loss + Mechanisms(model).penalty()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.GRAD_CLIP or math.inf)
         optimizer.step()
@@ -283,6 +312,7 @@ def evaluate(cfg, model, eval_set, device) -> float:
         with runtime.autocast(cfg, device):
             total += model(x, y)[1].double()
         batches += 1
+        process.show_life()
     return (total / batches).item()
 
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lib import atomic, design, looks, tuning
-from lib.cells import FINISHED, Cell, Status, baseline, expand, inspect, other_seeds, seeds_of, steps_of
+from lib import atomic, batch_size, design, looks, tuning
+from lib.cells import FINISHED, LONGEST_NAME, Cell, Status, baseline, expand, inspect, other_seeds, seeds_of, steps_of, whole
 from lib.config import Study, environment_overrides, identity_changes
 from lib.errors import UserError
 from lib.kconfig import BUDGET, Assignment
 from lib.paths import ROOT, shown
 
+LONGEST_PATH = 3000  # systems end at 4096, and cells lie below it
 RUNS = ("planned", "interrupted", "stale")
 SAFE_PATH = re.compile(r"[A-Za-z0-9_.+/-]+")
 
@@ -46,7 +47,8 @@ class Plan:
 
     `seeds` are those that verdicts wait for, in their order, `asked` those that make may run now; `cells` are those of
     `seeds` and, once a learning-rate sweep is finished, of the tuned arms; `more` are finished cells of other seeds, which a
-    report must not leave out; `sweep` is the learning-rate sweep, if one was asked for or begun.
+    report must not leave out; `sweep` is the learning-rate sweep, if one was asked for or begun; `micro_batch` is what
+    BATCH_SIZE_AUTO comes to, if it is on.
     """
 
     def __init__(self, options: Options, study: str | None = None):
@@ -59,6 +61,7 @@ class Plan:
         baseline(self.study)  # a wrong BASELINE must not be found by the report, after the training
         expand(self.study, [])  # nor a wrong value by its name in a folder's
         self.out = self._folder()
+        self.micro_batch = batch_size.settle(self.study, self.out)  # from here on the study resolves to what its cells run with
         self.status: dict[str, Status] = {}
         self.recorded = design.read(self.out)
         self.sweep = tuning.sweep(self.study, self.out) if options.tune or tuning.started(self.study, self.out) else None
@@ -109,6 +112,10 @@ class Plan:
         if not SAFE_PATH.fullmatch(str(path)):  # the whole path stands in the makefile, so the project's own counts too
             raise UserError(f"the results folder '{path}' holds a character that make cannot take.",
                             "use letters, digits and _.+-/ only, without spaces.")
+        longest = max(map(len, path.parts))
+        if longest > LONGEST_NAME or len(str(path)) > LONGEST_PATH:
+            raise UserError(f"the results folder '{str(path)[:40]}...' has a name of {max(longest, len(str(path)))} "
+                            "characters, which is too long.", "choose a shorter OUT=, OUTPUT_DIR or name of the study.")
         return path
 
     def _override_suffix(self) -> str:
@@ -132,7 +139,7 @@ class Plan:
             try:
                 found = json.loads((self.out / cell.name / "provenance.json").read_text())["symbols"].values()
                 overridden = any(where.startswith(("environment", "command line")) for _, where in found)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 overridden = False
             if overridden or self.study.overrides:
                 raise UserError(f"{shown(self.out / cell.name)} holds another result ({status.why}).",
@@ -142,7 +149,7 @@ class Plan:
         """Whether make would run this cell."""
         if not self.wants(cell):
             return False
-        if self.options.look.isdecimal() and int(self.options.look) >= len(self.asked):
+        if (whole(self.options.look) or 0) >= len(self.asked):
             return False  # the look that has just ended is not complete: the same cells would only end so again
         state = self.status[cell.name].state
         return state in RUNS or (state == "failed" and self.options.retry)
@@ -174,6 +181,8 @@ class Plan:
         history = self.history
         try:
             (self.out / "plan").mkdir(parents=True, exist_ok=True)
+            for folder in (self.out, self.out / "plan"):
+                atomic.remove_orphans(folder)
             design.write(self.out, history)
             for cell in must_run:
                 if self.status[cell.name].state == "stale":
@@ -214,10 +223,15 @@ class Plan:
         resolved = cell.resolved
         content = json.dumps({"step": cell.step, "optimizer": cell.optimizer, "study": self.study.name,
                               "trainer": resolved.config.TRAINER,
+                              "limits": {name: getattr(resolved.config, name) for name in ("CELL_TIMEOUT", "STOP_SECONDS")},
                               "config": resolved.text, "identity": resolved.identity, "symbols": resolved.provenance},
                              indent=1)
         path = self.out / "plan" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
-        if not path.exists():
+        try:
+            whole = path.read_text() == content
+        except (OSError, ValueError):
+            whole = False
+        if not whole:  # or damaged since
             atomic.write_text(path, content)
         return path
 
@@ -253,10 +267,10 @@ class Plan:
     def jobs(self) -> int:
         """Cells side by side: JOBS, or as many as there are cores for where cells are bound to threads of the CPU."""
         given = self.options.jobs or str(self.study.config.JOBS)
-        if not given.isdecimal():
+        if (number := whole(given)) is None:
             raise UserError(f"JOBS={given} is no number of cells.", "give a whole number, or make -jN.")
-        if int(given):
-            return int(given)
+        if number:
+            return number
         configs = [cell.resolved.config for cell in self.cells]
         if not all(c.DEVICE == "cpu" and c.CPU_THREADS and not c.GPT2_MAX_TIME for c in configs):
             return 1  # a neighbour would take training from a cell whose budget is seconds

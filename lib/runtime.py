@@ -24,14 +24,14 @@ MAKES_NO_NUMBER = (
     "lib/anytime.py", "lib/arms.py", "lib/bundle.py", "lib/claims.py", "lib/classes.py", "lib/design.py", "lib/gates.py",
     "lib/looks.py", "lib/report", "lib/simulation.py", "lib/stats.py", "lib/verdicts.py",
     # Plans and launches: what came of it is in the cell's configuration.
-    "lib/cells.py", "lib/launch.py", "lib/plan.py", "lib/tables.py", "lib/tuning.py",
+    "lib/batch_size.py", "lib/cells.py", "lib/launch.py", "lib/plan.py", "lib/tables.py", "lib/tuning.py",
     # Judges mechanisms without training; makes data sets, which are recorded by their own hashes.
     "gpt2/laws.py", "gpt2/function_class.py", "gpt2/fisher.py", "lib/data/prepare.py", "lib/data/shards.py",
     # Writes text with a trained model, and measures it.
     "gpt2/sample.py", "gpt2/decode_costs.py",
 )
-# The same for modules that a cell does import: where fragments lie, and how errors are worded.
-IMPORTED_BUT_MAKES_NO_NUMBER = ("lib/errors.py", "lib/steps.py")
+# The same for modules that a cell does import: where fragments lie, and how errors and failures are worded.
+IMPORTED_BUT_MAKES_NO_NUMBER = ("lib/errors.py", "lib/failures.py", "lib/steps.py")
 
 
 def setup(cfg) -> torch.device:

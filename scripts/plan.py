@@ -8,9 +8,11 @@ GPT2_MAX_TIME, GPT2_MAX_ITERS, GPT2_MAX_TOKENS.
 import argparse
 import os
 import pkgutil
+import subprocess
 import sys
 
-from lib import design
+from lib import design, failures, generations, process
+from lib.cells import Cell, Status
 from lib.config import announce
 from lib.errors import reported
 from lib.paths import shown
@@ -39,6 +41,9 @@ def warnings(plan: Plan) -> list[str]:
 def check_data(plan: Plan) -> None:
     """Missing or damaged data is one error now, not one failed cell after the other."""
     from lib.data import open_corpus
+    from lib.data.files import repo_path
+    from lib.data.shards import verify_prepared
+    from lib.data.sources import PREPARED
 
     wanted = {}
     for cell, _, runs in plan.rows():
@@ -47,6 +52,26 @@ def check_data(plan: Plan) -> None:
             wanted[config.DATASET, config.GPT2_BLOCK_SIZE] = config
     for config in wanted.values():
         open_corpus(config)
+    for folder in {repo_path(c.DATA_DIR) / c.DATASET for c in wanted.values() if c.DATASET in PREPARED}:
+        verify_prepared(folder)  # once per make: a cell has only looked at sizes
+
+
+def find_micro_batch(plan: Plan) -> Plan:
+    """The plan once BATCH_SIZE_AUTO has looked at the GPU, in a process that may import torch; it does so before the first cell
+    alone."""
+    if not plan.micro_batch or plan.micro_batch.settled or not any(runs for _, _, runs in plan.rows()):
+        return plan
+    done = subprocess.run([sys.executable, "-m", "scripts.batch_size"], stdout=sys.stderr,
+                          env={**os.environ, process.LAUNCHER_VARIABLE: str(os.getpid())})
+    if done.returncode:
+        sys.exit(done.returncode)
+    return Plan(plan.options)
+
+
+def because(plan: Plan, cell: Cell, status: Status) -> str:
+    """Why a cell is in its state, and what make could do about it."""
+    return "; ".join(filter(None, (status.why, failures.advice(status.state, status.why,
+                                                               generations.there(plan.out / cell.name)))))
 
 
 def described(plan: Plan) -> str:
@@ -65,15 +90,20 @@ def main() -> None:
     args = parser.parse_args()
     plan = Plan(options_from_environment(args.steps, args.tune))
     announce(plan.study)
-    rows = [[cell.name, status.state, "run" if runs else "keep", status.why] for cell, status, runs in plan.rows()]
+    if args.write:
+        check_data(plan)
+        plan = find_micro_batch(plan)
+    rows = [[cell.name, status.state, "run" if runs else "keep", because(plan, cell, status)]
+            for cell, status, runs in plan.rows()]
     if not args.write:
         print(table(["cell", "state", "make will", "because"], rows), end="")
         print(f"{len(rows)} cells in {shown(plan.out)}, {sum(r[2] == 'run' for r in rows)} to run")
         print(described(plan))
+        if plan.micro_batch:
+            print(plan.micro_batch.sentence)
         for sentence in warnings(plan):
             print(f"note: {sentence}")
         return
-    check_data(plan)
     path = plan.write()
     if args.reasons:
         print(table(["cell", "state", "now", "because"], rows), end="", file=sys.stderr)
@@ -85,6 +115,8 @@ def main() -> None:
         side_by_side = f", {plan.jobs} side by side" if plan.jobs > 1 and len(running) > 1 else ""
         print(f"{plan.study.name}: {len(running)} of {len(rows)} cells to run in {shown(plan.out)}{side_by_side}\n"
               f"{described(plan)}", file=sys.stderr)
+        if plan.micro_batch and plan.micro_batch.settled:  # otherwise it was said by what found it
+            print(plan.micro_batch.sentence, file=sys.stderr)
         for sentence in warnings(plan):
             print(f"note: {sentence}", file=sys.stderr)
     else:

@@ -11,6 +11,8 @@ Which parameter falls into which group depends on its shape and on what its modu
 
 Every group holds "params", "names", "name", "weight_decay", "lr_mult" and "lr". The loop sets
 group["lr"] = scheduled rate * group["lr_mult"] before each step.
+
+Every optimizer here honours `found_inf` (lib/finite.py): a step leaves parameters and moments alone where it is 1.
 """
 
 import torch

@@ -55,13 +55,16 @@ def clip_spikes(grads: list, seconds: list, theta: float, correction: float) -> 
     return clipped
 
 
-def adamw_update(params, grads, firsts, seconds, updates: int, group: dict, lr: float) -> None:
-    """One AdamW step in place, by torch's fused kernel; `updates` counts this one. Reads betas, eps, weight_decay."""
+def adamw_update(params, grads, firsts, seconds, updates: int, group: dict, lr: float, found_inf=None) -> None:
+    """One AdamW step in place, by torch's fused kernel; `updates` counts this one. Reads betas, eps, weight_decay.
+
+    Where `found_inf` (float32, shape (), on the device) is 1, nothing is changed.
+    """
     # Made by a fill on the device: a copied Python number would make the host wait.
     steps = [torch.full((), float(updates), dtype=torch.float32, device=params[0].device)] * len(params)
     beta1, beta2 = group["betas"]
     torch._fused_adamw_(params, grads, firsts, seconds, [], steps, lr=lr, beta1=beta1, beta2=beta2, eps=group["eps"],
-                        weight_decay=group["weight_decay"], amsgrad=False, maximize=False)
+                        weight_decay=group["weight_decay"], amsgrad=False, maximize=False, found_inf=found_inf)
 
 
 def moment_batches(optimizer: torch.optim.Optimizer, group: dict):
@@ -110,6 +113,7 @@ class AdamWSPAM(torch.optim.Optimizer):
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, theta=5000.0, interval=500,
                  warmup_steps=150):
+        self.found_inf = None
         if not (math.isfinite(theta) and theta > 0 and interval >= 0 and warmup_steps >= 0):
             raise ValueError(f"theta={theta}, interval={interval} or warmup_steps={warmup_steps} is out of range")
         if 0 < interval <= warmup_steps:
@@ -133,7 +137,7 @@ class AdamWSPAM(torch.optim.Optimizer):
             for params, grads, firsts, seconds, updates in moment_batches(self, group):
                 if updates:  # else v is empty
                     grads = clip_spikes(grads, seconds, group["theta"], 1.0 - group["betas"][1] ** updates)
-                adamw_update(params, grads, firsts, seconds, updates + 1, group, lr)
+                adamw_update(params, grads, firsts, seconds, updates + 1, group, lr, self.found_inf)
         return loss
 
     def _reset(self, group: dict) -> None:

@@ -67,6 +67,7 @@ class SinkGD(torch.optim.Optimizer):
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, iters=5, l1=False, tau=None,
                  matrix=True):
+        self.found_inf = None
         if iters < 1 or (l1 and not (tau and tau > 0)):
             raise ValueError(f"iters={iters} must be at least 1, and tau={tau} positive with l1")
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, iters=iters, l1=l1,
@@ -91,7 +92,7 @@ class SinkGD(torch.optim.Optimizer):
                 self._descend(group)
                 continue
             for params, grads, firsts, seconds, updates in moment_batches(self, group):
-                adamw_update(params, grads, firsts, seconds, updates + 1, group, group["lr"])
+                adamw_update(params, grads, firsts, seconds, updates + 1, group, group["lr"], self.found_inf)
         return loss
 
     def _descend(self, group: dict) -> None:
@@ -104,6 +105,7 @@ class SinkGD(torch.optim.Optimizer):
                 params, grads = map(list, zip(*stack, strict=True))
                 step = torch.stack(grads).to(torch.promote_types(dtype, torch.float32))
                 step = _balance_(step, group["iters"], group["l1"], group["tau"]).to(dtype)
-                if group["weight_decay"]:
-                    torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(step.unbind()), alpha=-group["lr"])
+                # p - lr (step + weight_decay p): without momentum, SGD's weight decay is the decoupled one.
+                torch._fused_sgd_(params, list(step.unbind()), [], lr=group["lr"], weight_decay=group["weight_decay"],
+                                  momentum=0.0, dampening=0.0, nesterov=False, maximize=False, is_first_step=False,
+                                  found_inf=self.found_inf)

@@ -25,6 +25,7 @@ CSV_VIEWS = {"equal_tokens": ("difference", "low", "high"), "equal_seconds": ("d
 def write(out: Path, content: dict) -> tuple[str, str | None]:
     """Write every form into `out`; returns the Markdown and, if something was left out, why."""
     out.mkdir(parents=True, exist_ok=True)
+    atomic.remove_orphans(out)
     text = markdown.render(content)
     atomic.write_text(out / "report.md", text)
     atomic.write_text(out / "report.csv", spreadsheet(content))

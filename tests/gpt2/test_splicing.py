@@ -86,6 +86,14 @@ def test_finetuning_trains_through_the_codec(tmp_path_factory, v19_and_c2):
     assert not torch.equal(weights(folder)[name], weights(parent)[name])
 
 
+def test_a_parents_own_codec_of_another_width_is_left_to_the_parent(tmp_path):
+    """Each cell fits its own; a study that compresses every step (KVSPLICE=y) may hold C2 too."""
+    _, before = cell(tmp_path, "V19", **SMALL, KVSPLICE="y", KVSPLICE_K="1/2", **FIT)
+    _, after = cell(tmp_path, "C2", "V19", **SMALL, **FIT)
+    assert [record["sizes"]["kvsplice_k"] for record in (before, after)] == [32, 16]
+    assert after["compression"]["val_loss_before"] == before["compression"]["val_loss_before"]
+
+
 def test_by_hand_a_cell_trains_and_is_fitted_at_its_end(tmp_path):
     settings = [f"--set={name}={value}" for name, value in SMALL.items()]
     done = run("--defconfig", "gpt2-ra-ablation+tiny", "--ra-mla-ablation-step", "V0", "--out", tmp_path / "cell", *settings,

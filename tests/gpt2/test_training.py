@@ -237,9 +237,116 @@ def test_a_loss_that_is_not_finite_ends_as_diverged(configuration, tmp_path):
     model = GPT(cfg)
     with torch.no_grad():
         model.transformer.ln_f.weight[3] = math.nan
-    with pytest.raises(loop.Diverged, match="the training loss is nan at iteration 5"):
+    with pytest.raises(loop.Diverged, match=r"the training loss is nan at iteration 1 \(no step before it was finite\)"):
         run(cfg, tmp_path, model=model)
-    assert rows(tmp_path, "train_loss_step") == [(None,)]
+    assert rows(tmp_path, "train_loss_step") == [(None,)], "looked at when the log is written, five steps later"
+
+
+def poisoned(cfg, where, step):
+    """A model in which one number turns to NaN: of the loss or of one gradient in training step `step`, of a weight before it,
+    or of the loss in evaluation after it."""
+    model, done = GPT(cfg), []
+    forward, gate = model.forward, model.transformer.ln_f.weight
+
+    def spy(*args):
+        done.extend([None] * model.training)
+        if where == "weight" and len(done) == step:
+            with torch.no_grad():
+                gate[0] = math.nan
+        logits, loss = forward(*args)
+        wrong = where == ("loss" if model.training else "eval") and len(done) == step
+        return logits, loss * math.nan if wrong else loss
+
+    def hook(gradient):
+        return gradient * torch.tensor([math.nan] + [1.0] * (len(gradient) - 1)) if len(done) == step else gradient
+
+    model.forward = spy
+    if where == "gradient":
+        gate.register_hook(hook)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["OPTIMIZER_ADAMW", "OPTIMIZER_ADAMWSPAM", "OPTIMIZER_SINKGD"])
+@pytest.mark.parametrize("where, sentence", [
+    ("loss", "the training loss is nan at iteration 4 (the last finite step, 3, had loss "),
+    ("gradient", "the norm of the gradient is nan at iteration 4 (the last finite step, 3, had loss "),
+])
+def test_a_step_that_is_not_finite_never_reaches_the_weights(configuration, tmp_path, kind, where, sentence):
+    """Noticed three steps later, when the log is written; nothing was saved or updated in between."""
+    resets = {"SPAM_INTERVAL": 3, "SPAM_WARMUP_STEPS": 1} if kind == "OPTIMIZER_ADAMWSPAM" else {}
+    cfg = configuration("V3", GPT2_MAX_ITERS=20, GPT2_LOG_INTERVAL=7, **{kind: True}, **resets)
+    good = GPT(cfg)
+    with pytest.raises(loop.Interrupted):
+        run(cfg, tmp_path / "good", StopAfter(3), model=good)
+    bad, progress = poisoned(cfg, where, 4), loop.Progress()
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    with pytest.raises(loop.Diverged) as raised:
+        clock = loop.Clock(progress, runtime.setup(cfg), time.perf_counter())
+        loop.train(cfg, bad, optimizers.build(bad, cfg), the_corpus(), folder, IDENTITY,
+                   lambda keep: tracking.MetricsLog(folder, keep), clock, progress, Never)
+    last = checkpoint.load(tmp_path / "good/checkpoint.pt")["progress"]
+    assert str(raised.value) == f"{sentence}{last['last_loss']:.4f} and gradient norm {last['last_norm']:.4g})"
+    assert same(bad, good) and progress.iteration == 3 and [i for i, in rows(folder, "iteration")] == [7]
+
+
+@pytest.mark.parametrize("where, sentence", [("weight", "the training loss is nan at iteration 4 (the last finite step, 3, "),
+                                             ("eval", "the validation loss is nan at iteration 4")])
+def test_a_weight_or_an_evaluation_that_is_not_finite_ends_the_run(configuration, tmp_path, where, sentence):
+    cfg = configuration("V0", GPT2_MAX_ITERS=20, GPT2_LOG_INTERVAL=10, GPT2_EVAL_INTERVAL=4)
+    with pytest.raises(loop.Diverged) as raised:
+        run(cfg, tmp_path, model=poisoned(cfg, where, 4))
+    assert str(raised.value).startswith(sentence) and not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("where", ["weights", "moments"])
+def test_what_is_not_finite_is_never_saved(configuration, tmp_path, monkeypatch, where):
+    """A row of a table that no batch looks up, or a moment: no loss shows it."""
+    cfg = configuration("V0", GPT2_MAX_ITERS=9, GPT2_LOG_INTERVAL=100)
+    model = GPT(cfg)
+    optimizer = optimizers.build(model, cfg)
+    monkeypatch.setattr(optimizers, "build", lambda *_: optimizer)
+
+    class Stop(StopAfter):
+        @property
+        def asked(self):
+            asked = super().asked
+            if asked:
+                table = model.transformer.wpe.weight
+                with torch.no_grad():
+                    (table if where == "weights" else optimizer.state[table]["exp_avg"])[5, 5] = math.inf
+            return asked
+
+    with pytest.raises(loop.Diverged, match=r"wpe\.weight is not finite after iteration 4"):
+        run(cfg, tmp_path, Stop(4), model=model)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("step", ["V6", "V16", "RALEARN0"])
+def test_resume_from_the_older_checkpoint_is_bit_exact(configuration, tmp_path, capsys, step):
+    """The newest is damaged: its steps are done again, and the numbers are those of an undisturbed run."""
+    cfg = configuration(step, GPT2_MAX_ITERS=9, GPT2_EVAL_INTERVAL=3, GPT2_LOG_INTERVAL=2, SPAM_INTERVAL=5, SPAM_WARMUP_STEPS=3)
+    straight, whole = run(cfg, tmp_path / "a")
+    for steps in (3, 4):
+        with pytest.raises(loop.Interrupted):
+            run(cfg, tmp_path / "b", StopAfter(steps))
+    newest = tmp_path / "b/checkpoint.pt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    resumed, parts = run(cfg, tmp_path / "b")
+    assert "going on from the one before it, of iteration 3" in capsys.readouterr().out
+    assert same(straight, resumed) and parts.resumed == 1
+    assert (parts.val_loss, parts.train_loss) == (whole.val_loss, whole.train_loss)
+    logs = [[numbers(r) for r in (tmp_path / d / "metrics.jsonl").read_text().splitlines()] for d in "ab"]
+    assert logs[0] == logs[1]
+
+
+def test_every_micro_batch_and_evaluation_batch_is_a_sign_of_life(configuration, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(loop.process, "show_life", lambda: shown.append(None))
+    run(configuration("V0", GPT2_MAX_ITERS=3, GPT2_GRADIENT_ACCUMULATION=4, GPT2_EVAL_SAMPLES=2), tmp_path)
+    assert len(shown) == 3 * 4 + 2
 
 
 def test_metric_names(configuration, tmp_path):

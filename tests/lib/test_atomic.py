@@ -90,3 +90,30 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
     assert json.loads(path.read_text()) == {"old": 1}
     left = [n for n in names(tmp_path) if n != "file"]
     assert len(left) == 1 and left[0].startswith(".file.") and left[0].endswith(".tmp"), "what a launcher cleans up"
+
+
+def test_what_a_killed_process_left_is_removed_and_what_is_being_written_stays(tmp_path):
+    (tmp_path / ".report.md.x1.tmp").write_text("half")
+    (tmp_path / "mine.tmp").write_text("not of this kind")
+    with atomic.replacing(tmp_path / "file") as temporary:
+        atomic.remove_orphans(tmp_path)
+        assert names(tmp_path) == sorted([temporary.name, "mine.tmp"])
+        temporary.write_text("whole")
+    assert (tmp_path / "file").read_text() == "whole" and names(tmp_path) == ["file", "mine.tmp"]
+    atomic.remove_orphans(tmp_path / "nowhere")
+
+
+def test_the_old_file_is_kept_only_once_the_new_one_is_whole(tmp_path):
+    path, before = tmp_path / "file", tmp_path / "before"
+    path.write_text("1")
+    before.write_text("0")
+    with pytest.raises(RuntimeError), atomic.replacing(path, before):
+        raise RuntimeError
+    assert (path.read_text(), before.read_text()) == ("1", "0")
+    with atomic.replacing(path, before) as temporary:
+        temporary.write_text("2")
+    assert (path.read_text(), before.read_text()) == ("2", "1") and names(tmp_path) == ["before", "file"]
+    path.unlink()
+    with atomic.replacing(path, before) as temporary:
+        temporary.write_text("3")
+    assert (path.read_text(), before.read_text()) == ("3", "1")

@@ -198,7 +198,7 @@ def test_what_is_left_out_is_said_with_the_reason(machine, tmp_path, monkeypatch
     (there.out / v5.name / "provenance.json").unlink()
     finished(there, v6)
     record = json.loads((there.out / v6.name / "metrics.json").read_text())
-    (there.out / v6.name / "metrics.json").write_text(json.dumps(record | {"seed": 8}))
+    (there.out / v6.name / "metrics.json").write_text(json.dumps(record | {"seed": 8, "checksum": None}))
     finish(there.out, Cell("V0", "adamwspam", 5, "test_by hand", v0.resolved))
     monkeypatch.setattr(bundle, "FILE_LIMIT", 100_000)
     (there.out / v0.name / "training.log").write_text("x" * 100_001)
@@ -598,6 +598,8 @@ def test_a_cell_without_its_record_is_refused(honest, monkeypatch, missing):
 
 def changed(honest, file, **values):
     content = json.loads(honest.files[f"{V0}/{file}"]) | values
+    if file == "metrics.json":
+        content["checksum"] = results.checksum(content)
     return {file: json.dumps(content).encode()}
 
 
@@ -613,8 +615,10 @@ def changed(honest, file, **values):
      "its provenance.json and metrics.json differ in identity"),
     (lambda h: {"provenance.json": b"[]"}, "its provenance.json cannot be read"),
     (lambda h: {"provenance.json": b"[" * 100_000}, "its provenance.json cannot be read"),
-    (lambda h: changed(h, "metrics.json", seed="../x") | changed(h, "provenance.json", seed="../x"), "its seed ../x is none"),
-    (lambda h: changed(h, "metrics.json", seed=True) | changed(h, "provenance.json", seed=True), "its seed True is none"),
+    (lambda h: changed(h, "metrics.json", seed="../x") | changed(h, "provenance.json", seed="../x"),
+     "its metrics.json cannot be read: its seed is no count"),
+    (lambda h: changed(h, "metrics.json", seed=True) | changed(h, "provenance.json", seed=True),
+     "its metrics.json cannot be read: its seed is no count"),
     (lambda h: changed(h, "metrics.json", seed=2 ** 31) | changed(h, "provenance.json", seed=2 ** 31),
      "its seed 2147483648 is none"),
 ])

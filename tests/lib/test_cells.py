@@ -1,5 +1,6 @@
 """A study as cells: names, order, parents, and what the disk says of each."""
 
+import errno
 import json
 import os
 import subprocess
@@ -297,6 +298,16 @@ def test_a_cell_whose_lock_is_held_is_running(tmp_path, cell):
     assert state(tmp_path, cell("V1", "BATCH_SIZE=9"))[0] == "running", "whatever it runs"
     holder.kill()  # the kernel gives the lock back
     holder.communicate()
+    assert state(tmp_path, cell())[0] == "interrupted"
+
+
+def test_a_lock_on_a_disk_that_is_only_read_is_nobodys(tmp_path, cell, monkeypatch):
+    def refuses(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    started(tmp_path, cell())
+    (tmp_path / cell().name / ".lock").touch()
+    monkeypatch.setattr("filelock.FileLock.acquire", refuses)
     assert state(tmp_path, cell())[0] == "interrupted"
 
 

@@ -16,6 +16,12 @@ def test_bad_input_is_two_lines(capsys):
     assert capsys.readouterr().err == "error: this is wrong.\n  try: do that.\n"
 
 
+def test_what_was_given_neither_steers_a_terminal_nor_fills_it(capsys):
+    ended(UserError("\x1b[2J\x07\u202e is wrong.", "x" * 9999))
+    what, run = capsys.readouterr().err.splitlines()
+    assert what == r"error: \x1b[2J\x07\u202e is wrong." and 1000 < len(run) < 1600 and " ... " in run
+
+
 def test_ctrl_c_says_nothing(capsys):
     assert ended(KeyboardInterrupt()) == 130 and capsys.readouterr().err == ""
 

@@ -1,5 +1,6 @@
 """The launcher with stand-ins for the training process: exit codes, reasons, states, display."""
 
+import errno
 import json
 import os
 import signal
@@ -10,32 +11,34 @@ from pathlib import Path
 
 import pytest
 
-from lib import results
-from lib.launch import Display, failure_reason
-from tests.harness import ROOT
+from lib import atomic, process, results
+from lib.launch import Display, run
+from tests.harness import ROOT, refusal
+from tests.lib.test_process import alive
 
 IDENTITY = {"hash": "0", "set": {}, "default": {}}
 
 
-def plan(tmp_path: Path, program: str) -> list[str]:
-    """A plan whose trainer is `program`; returns the command line of the launcher."""
+def plan(tmp_path: Path, program: str, timeout=0, stop=60) -> list[str]:
+    """A plan whose trainer is `program`; returns the command line of the launcher. CELL_TIMEOUT and STOP_SECONDS as given."""
     trainer = tmp_path / "trainer.py"
     trainer.write_text(f"import os, signal, sys, time\nfolder = sys.argv[2]\n{program}\n")
     content = {"step": "V1", "optimizer": "adamw", "study": "s", "trainer": str(trainer), "config": "CONFIG_SEED=1\n",
-               "identity": IDENTITY, "symbols": {}}
+               "identity": IDENTITY, "symbols": {}, "limits": {"CELL_TIMEOUT": timeout, "STOP_SECONDS": stop}}
     (tmp_path / "plan.json").write_text(json.dumps(content))
     return [sys.executable, "-m", "scripts.cell", str(tmp_path / "cell"), "--plan", str(tmp_path / "plan.json"), "--seed", "7"]
 
 
-def launch(tmp_path, program):
-    return subprocess.run(plan(tmp_path, program), cwd=ROOT, capture_output=True, text=True, timeout=60)
+def launch(tmp_path, program, **limits):
+    return subprocess.run(plan(tmp_path, program, **limits), cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize("program, reason", [
-    ("raise RuntimeError('boom')", "exit status 1: RuntimeError: boom"),
-    ("print('error: no data.'); print('  try: make data'); sys.exit(2)", "no data."),
+    ("raise RuntimeError('boom')", "exception: RuntimeError: boom (trainer.py, line 3)"),
+    ("print('error: no data.'); print('  try: make data'); sys.exit(2)", "refused: no data."),
     ("sys.exit(3)", "exit status 3: it printed nothing"),
-    ("print('hm', flush=True); os.abort()", "killed by signal 6: hm"),
+    ("print('hm', flush=True); os.abort()", "signal 6 (SIGABRT): hm"),
+    ("os._exit(74)", "disk: it printed nothing"),
 ])
 def test_a_cell_that_breaks_is_recorded_with_its_reason(tmp_path, program, reason):
     done = launch(tmp_path, program)
@@ -56,9 +59,7 @@ def test_a_cell_that_was_stopped_has_no_record(tmp_path, program, says):
 def test_the_reason_is_not_that_of_an_earlier_attempt(tmp_path):
     launch(tmp_path, "print('error: no data.'); sys.exit(2)")
     launch(tmp_path, "raise MemoryError('full')")
-    assert results.read(tmp_path / "cell")["reason"] == "exit status 1: MemoryError: full"
-    (tmp_path / "training.log").write_text("error: old\nnew\n")
-    assert failure_reason(tmp_path, 1, len("error: old\n")) == "exit status 1: new"
+    assert results.read(tmp_path / "cell")["reason"] == "out of memory: MemoryError: full (trainer.py, line 3)"
 
 
 def test_a_finished_cell_is_left_alone(tmp_path):
@@ -88,18 +89,89 @@ def test_one_stop_that_arrives_twice_is_one_and_a_later_one_kills(tmp_path, paus
                "signal.signal(signal.SIGTERM, lambda *_: asked.append(1))\nopen(folder + '/up', 'w')\n"
                "while not asked: time.sleep(0.05)\ntime.sleep(4)\n"
                "open(folder + '/saved', 'w').write(str(helper.poll()))\nsys.exit(75)")
-    process = subprocess.Popen(plan(tmp_path, program), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen(plan(tmp_path, program), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "cell/up").exists():
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    launcher.send_signal(signal.SIGTERM)
     time.sleep(pause)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM
+    launcher.send_signal(signal.SIGTERM)
+    launcher.communicate(timeout=30)
+    assert launcher.returncode == 128 + signal.SIGTERM
     saved = tmp_path / "cell/saved"
     assert saved.exists() == (ended_by == "grace")
     assert not saved.exists() or saved.read_text() == "None"
     assert not subprocess.run(["pgrep", "-f", "^sleep 60$"], capture_output=True, text=True).stdout
+
+
+HANGS = """import subprocess
+from lib import process
+helper = subprocess.Popen(["sleep", "60"])
+open(folder + "/helper", "w").write(str(helper.pid))
+signal.signal(signal.SIGTERM, lambda *_: open(folder + "/told", "w"))
+open(folder + "/metrics.jsonl", "w").write('{"iteration": 12}\\n')
+end = time.monotonic() + 2.5
+while time.monotonic() < end:
+    process.show_life()
+    time.sleep(0.1)
+time.sleep(60)"""
+
+
+def test_a_cell_that_shows_no_progress_is_told_killed_with_its_helpers_and_has_failed(tmp_path):
+    begun = time.monotonic()
+    launch(tmp_path, "sys.path.insert(0, os.getcwd())\n" + HANGS, timeout=2, stop=1)
+    assert 4.5 < time.monotonic() - begun < 30, "not while it showed that it gets on"
+    record = results.read(tmp_path / "cell")
+    assert record["state"] == "failed" and record["reason"] == "timeout: no progress for 2 s, after iteration 12"
+    assert (tmp_path / "cell/told").exists(), "it was asked first"
+    assert not alive(int((tmp_path / "cell/helper").read_text()))
+
+
+def test_a_hanging_cell_that_stops_when_told_is_not_killed(tmp_path):
+    launch(tmp_path, "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\ntime.sleep(60)", timeout=1)
+    assert results.read(tmp_path / "cell")["reason"] == "timeout: no progress for 1 s"
+
+
+def test_without_a_timeout_nothing_is_too_slow_and_one_that_finishes_is_done(tmp_path):
+    done = launch(tmp_path, "time.sleep(1.5); sys.exit(75)")
+    assert "interrupted after" in done.stdout and results.read(tmp_path / "cell") is None
+
+
+def test_a_cell_that_does_not_stop_in_time_is_killed_and_interrupted(tmp_path):
+    """Nobody may be there for a second Ctrl-C: make itself may have been killed."""
+    command = plan(tmp_path, "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nopen(folder + '/up', 'w')\ntime.sleep(60)", stop=1)
+    launcher = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "cell/up").exists():
+        time.sleep(0.05)
+    launcher.send_signal(signal.SIGTERM)
+    assert "interrupted by signal 9" in launcher.communicate(timeout=20)[0] and results.read(tmp_path / "cell") is None
+
+
+@pytest.mark.parametrize("counts, state", [(iter([3, 4]), "failed"), (iter([3, 3]), None), (iter([None]), None)])
+def test_a_kill_is_for_want_of_memory_only_where_the_kernel_says_so(tmp_path, monkeypatch, counts, state):
+    plan(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setattr(process, "memory_kills", lambda: next(counts))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        run(tmp_path / "cell", tmp_path / "plan.json", 7, "1/1", None)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    record = results.read(tmp_path / "cell")
+    assert (record and record["state"]) == state
+    assert not record or record["reason"].startswith("out of memory: killed by signal 9 ")
+
+
+def test_a_results_folder_without_room_is_one_sentence_and_the_cell_is_interrupted(tmp_path, monkeypatch):
+    """Room for the log, but none for the record of the failure."""
+    plan(tmp_path, "sys.exit(3)")
+    real = atomic.write_json
+    monkeypatch.setattr(atomic, "write_json", lambda path, value: real(path, value) if path.name != "metrics.json" else full())
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+    what, again = refusal(run, tmp_path / "cell", tmp_path / "plan.json", 7, "1/1", None)
+    assert what == f"{tmp_path}/cell cannot be written: No space left on device." and "make again" in again
+    assert results.read(tmp_path / "cell") is None
 
 
 def test_the_display_reads_whole_rows_and_tells_the_time_left(tmp_path, capsys):
@@ -122,3 +194,27 @@ def test_cells_side_by_side_draw_no_live_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setitem(os.environ, "MAKEFLAGS", " -j2 --jobserver-auth=3,4")
     assert not Display(tmp_path, "t", "1/2").live
+
+
+def test_a_cell_that_outlives_its_launcher_is_not_started_a_second_time(tmp_path):
+    """kill -9 of the launcher while the cell still saves: it keeps the cell's lock, and another make waits its turn."""
+    program = "open(os.path.join(folder, 'started'), 'a').write(f'{os.getpid()}\\n')\ntime.sleep(60)"
+    started = tmp_path / "cell/started"
+    launcher = subprocess.Popen(plan(tmp_path, program), cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not started.exists() or not started.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    launcher.kill()
+    launcher.wait()
+    cell = int(started.read_text())
+    try:
+        done = launch(tmp_path, program)
+        assert done.returncode == 0 and "another make is running it" in done.stdout
+        assert started.read_text() == f"{cell}\n" and alive(cell)
+    finally:
+        os.kill(cell, signal.SIGKILL)
+    while alive(cell):
+        time.sleep(0.01)
+    done = launch(tmp_path, "sys.exit(75)")
+    assert "interrupted after" in done.stdout, "its lock ended with it"

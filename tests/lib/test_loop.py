@@ -13,7 +13,7 @@ from torch import nn
 
 from lib import loop, optimizers, runtime, tracking
 from lib.config import load
-from lib.data import open_corpus
+from lib.data import EvalSet, draw_size, open_corpus
 from lib.streams import cell_seed, stream_seed
 from tests.harness import Never, StopAfter
 
@@ -307,3 +307,32 @@ def test_another_set_of_streams_changes_batches_and_dropout_but_not_the_evaluati
     for one, other in ((0, 1), (1, 2), (0, 2)):
         assert not set(drawn[one][0]) & set(drawn[other][0]) and not set(drawn[one][1]) & set(drawn[other][1])
     assert len({eval_hash for *_, eval_hash in drawn.values()}) == 1
+
+
+# How a global batch is split
+
+def test_another_split_of_a_global_batch_trains_on_the_same_data_and_evaluates_on_the_same_set(tmp_path):
+    """That a split is larger or smaller than what is drawn at a time changes rounding alone."""
+    splits, found = {"4": (4, 2, 0), "8": (8, 1, 4), "1": (1, 8, 4)}, {}
+    for name, (batch, times, drawn) in splits.items():
+        torch.manual_seed(0)
+        progress, rows = run(tmp_path / name, Bigram(0), BATCH_SIZE=batch, GPT2_GRADIENT_ACCUMULATION=times, BATCH_DRAWN=drawn,
+                             GPT2_LOG_INTERVAL=1)
+        found[name] = progress, [row["train_loss_step"] for row in rows if "train_loss_step" in row]
+    for name in ("8", "1"):
+        (one, losses), (other, own) = found["4"], found[name]
+        assert other.eval_hash == one.eval_hash and own == pytest.approx(losses, rel=1e-5)
+        assert other.val_loss == pytest.approx(one.val_loss, rel=1e-5)
+    _, rows = run(tmp_path / "another draw", Bigram(0), BATCH_SIZE=8, GPT2_GRADIENT_ACCUMULATION=1, GPT2_LOG_INTERVAL=1)
+    assert rows[0]["train_loss_step"] != pytest.approx(found["4"][1][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_warming_up_trains_on_micro_batches_and_evaluates_on_draws(batch):
+    cfg, seen = configuration(BATCH_SIZE=batch, BATCH_DRAWN=2), []
+    model = Bigram(0)
+    model.register_forward_hook(lambda module, inputs, _: seen.append((module.training, inputs[0].size(0))))
+    corpus, device = open_corpus(cfg), runtime.setup(cfg)
+    eval_set = EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, draw_size(cfg), cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
+    loop.warm_up(cfg, model, optimizers.build(model, cfg), eval_set, device)
+    assert set(seen) == {(True, batch), (False, 2)}

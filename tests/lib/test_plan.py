@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 
@@ -249,6 +250,16 @@ def test_a_running_plan_is_not_changed_by_a_later_one(study):
     study("V0 V1", "BATCH_SIZE=9")
     written()
     assert stored_plans(out).items() > before.items() and len(stored_plans(out)) == 4
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{", b"\xff"])
+def test_a_stored_configuration_that_was_damaged_is_written_anew(study, damaged):
+    out = study("V0")
+    written()
+    (path, (_, whole)), = stored_plans(out).items()
+    Path(path).write_bytes(damaged)
+    written()
+    assert Path(path).read_bytes() == whole and len(stored_plans(out)) == 1
 
 
 def test_stale_cells_are_archived_each_under_its_own_number(study):

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from lib import process
 from lib.process import Watch
 from tests.harness import ROOT
 
@@ -100,3 +101,39 @@ def test_watch_of_a_process_that_is_gone_and_of_none():
 def test_watch_where_the_system_cannot_watch(monkeypatch):
     monkeypatch.delattr(os, "pidfd_open", raising=False)
     assert not Watch(os.getpid()).ended()
+
+
+def test_a_cell_shows_life_at_most_once_a_second_and_never_waits_for_its_reader(monkeypatch):
+    life, now = process.Life(), [100.0]
+    monkeypatch.setattr(process, "_shown_at", 0.0)
+    monkeypatch.setattr(process, "_life", None)
+    monkeypatch.setenv(process.LIFE_VARIABLE, str(life.handle))
+    monkeypatch.setattr(process.time, "monotonic", lambda: now[0])
+    for later, silence in ((0.0, 0.0), (0.9, 0.9), (0.2, 0.0), (5.0, 0.0)):
+        now[0] += later
+        process.show_life()
+        assert life.silence() == pytest.approx(silence)
+    assert process.LIFE_VARIABLE not in os.environ, "what the cell starts does not have the pipe"
+    for _ in range(100_000):
+        now[0] += 2
+        process.show_life()
+    life.close()
+    monkeypatch.setattr(process, "_life", life.handle)  # closed: the launcher is gone
+    now[0] += 2
+    process.show_life()
+
+
+def test_without_a_launcher_there_is_nobody_to_show_life_to(monkeypatch):
+    monkeypatch.setattr(process, "_shown_at", 0.0)
+    monkeypatch.setattr(process, "_life", None)
+    process.show_life()
+
+
+def test_the_kernels_count_of_kills_for_want_of_memory(monkeypatch, tmp_path):
+    (tmp_path / "vmstat").write_text("nr_free_pages 5\noom_kill 17\noom_kill_x 3\n")
+    monkeypatch.setattr(process, "Path", lambda path: tmp_path / path.rpartition("/")[2])
+    assert process.memory_kills() == 17
+    (tmp_path / "vmstat").write_text("nr_free_pages 5\n")
+    assert process.memory_kills() is None
+    (tmp_path / "vmstat").unlink()
+    assert process.memory_kills() is None

@@ -28,7 +28,7 @@ def test_a_record_has_every_key_and_null_for_what_is_missing(tmp_path):
     assert tuple(record) == results.KEYS
     given = {"format": 1, "state": "failed", "reason": "it broke", "study": "s", "step": "V1", "optimizer": "adamw", "seed": 7,
              "identity": PROVENANCE["identity"]}
-    assert record == dict.fromkeys(results.KEYS) | given
+    assert record == dict.fromkeys(results.KEYS) | given | {"checksum": results.checksum(given)}
     assert results.read(tmp_path) == record
 
 
@@ -40,6 +40,25 @@ def test_a_finished_record_reads_back(tmp_path):
 def test_why_a_mechanism_never_acted_is_part_of_a_finished_record(tmp_path):
     record = written(tmp_path, "done", inactive="h.0.attn: the coupling stayed at 0", **MEASURED)
     assert record["inactive"] == results.read(tmp_path)["inactive"] == "h.0.attn: the coupling stayed at 0"
+
+
+@pytest.mark.parametrize("old, new", [('"val_loss": 3.0', '"val_loss": 2.0'), ('"seed": 7', '"seed": 6'),
+                                      ('"done"', '"diverged"')])
+def test_a_number_that_changed_on_disk_is_no_result(tmp_path, old, new):
+    written(tmp_path, "done", **MEASURED)
+    path = tmp_path / "metrics.json"
+    assert path.read_text().count(old) == 1
+    path.write_text(path.read_text().replace(old, new))
+    assert (results.read(tmp_path)["state"], results.read(tmp_path)["reason"]) == (
+        "unreadable", "it does not hold what was written (its checksum differs)")
+
+
+def test_a_checksum_is_of_what_is_said_and_not_of_how(tmp_path):
+    record = written(tmp_path, "done", **MEASURED | {"sizes": {2: 5, 10: 6}})
+    (tmp_path / "metrics.json").write_text(json.dumps(dict(reversed(record.items()))))
+    assert results.read(tmp_path) == record and record["sizes"] == {"2": 5, "10": 6}
+    (tmp_path / "metrics.json").write_text(json.dumps(record | {"checksum": None}))
+    assert results.read(tmp_path)["state"] == "done", "of before there was one"
 
 
 def test_a_record_of_before_a_key_reads_back_with_null(tmp_path):
@@ -89,6 +108,18 @@ def test_anything_else_is_unreadable_with_a_reason(tmp_path, text, reason):
     record = results.read(tmp_path)
     assert record["state"] == "unreadable" and reason in record["reason"] and record["reason"]
     assert record.keys() == set(results.KEYS)
+
+
+@pytest.mark.parametrize("key, value, kind", [
+    ("step", 3, "text"), ("reason", ["x"], "text"), ("seed", 1.5, "count"), ("seed", True, "count"), ("tokens", -1, "count"),
+    ("parameters", 10 ** 400, "count"), ("train_seconds", -0.5, "amount"), ("val_perplexity", "3", "number"),
+    ("environment", [], "table"), ("data", {"train_hash": []}, "table"), ("environment", {"sources": {"a": 1}}, "table"),
+    ("kv_cache_parts", {"keys": "8"}, "table of amounts"), ("compression", {"val_loss": 3.0}, "comparison of codecs"),
+    ("compression", {"val_loss": 1, "val_loss_pca": 1, "val_loss_before": 1, "layers": [{"error": 1}]}, "comparison of codecs"),
+])
+def test_a_value_of_another_kind_is_unreadable_and_named(tmp_path, key, value, kind):
+    (tmp_path / "metrics.json").write_text(json.dumps(json.loads(GOOD) | {key: value}))
+    assert results.read(tmp_path)["reason"] == f"its {key} is no {kind}"
 
 
 def test_the_good_one_is_good(tmp_path):

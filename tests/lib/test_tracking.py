@@ -53,3 +53,19 @@ def test_wandb_offline(tmp_path, monkeypatch):
     log.row(iteration=1, val_loss=2.5)
     log.close()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_a_resumed_log_drops_damaged_rows_and_says_so(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"iteration": 1}\n{"iterat\n\xff[]\n{"iteration": 4}\n{"iteration": 5}\n')
+    log = MetricsLog(tmp_path, keep=5)
+    log.row(iteration=6)
+    log.close()
+    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [1, 4, 5, 6] and log.count == 4
+    assert "metrics.jsonl holds only 3 of the 5 rows written before" in capsys.readouterr().out
+    MetricsLog(tmp_path, keep=2).close()
+    assert len(path.read_text().splitlines()) == 2 and capsys.readouterr().out == ""
+    path.unlink()
+    log = MetricsLog(tmp_path, keep=2)
+    log.close()
+    assert log.count == 0 and "holds only 0 of the 2 rows" in capsys.readouterr().out

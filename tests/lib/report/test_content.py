@@ -150,10 +150,11 @@ def test_a_duplicated_seed_is_refused(study, tmp_path, name):
         "move one of the two folders away.")
 
 
-def test_an_edited_data_hash_is_invalid(study, tmp_path):
+def test_another_data_hash_is_invalid(study, tmp_path):
     study("V0 V1 V2", V0=V0, V1=BELOW, V2=[3.3, 3.4, 3.6])
     path = tmp_path / "out/test_V1_adamwspam_none_s2/metrics.json"
-    path.write_text(path.read_text().replace("0123456789abcdef", "0123456789abcdee"))
+    record = json.loads(path.read_text().replace("0123456789abcdef", "0123456789abcdee"))
+    path.write_text(json.dumps(record | {"checksum": results.checksum(record)}))
     found = content(Plan(Options()))
     c = steps(found)["V1"]["comparison"]
     assert words(found)["V1"] == "INVALID" and words(found)["V2"] != "INVALID"
@@ -381,7 +382,7 @@ def test_the_sweep_and_the_tuned_family(study, tmp_path):
 
 def test_the_made_up_record_is_complete():
     """Or the report would be tested on records that no cell writes."""
-    set_elsewhere = {"format", "state", "reason", "inactive", "study", "step", "optimizer", "seed", "identity"}
+    set_elsewhere = {"format", "state", "reason", "inactive", "study", "step", "optimizer", "seed", "identity", "checksum"}
     assert MEASURED.keys() == set(results.KEYS) - set_elsewhere
 
 
