@@ -8,17 +8,18 @@ MAKEFLAGS += --no-builtin-rules
 SHELL := /bin/sh
 .DEFAULT_GOAL := run
 
+# What recipes are made of is `override`, so that nothing on the command line takes its place.
 # V=1 shows commands, V=2 says why each cell runs.
-Q := $(if $(filter 1 2,$(V)),,@)
-reasons := $(if $(filter 2,$(V)),--reasons)
+override Q := $(if $(filter 1 2,$(value V)),,@)
+override reasons := $(if $(filter 2,$(value V)),--reasons)
 
 # PYTHON=... uses that interpreter as it is and installs nothing; otherwise ./.venv is set up first.
-VENV := .venv
+override VENV := .venv
 ifneq ($(origin PYTHON),command line)
 PYTHON := $(VENV)/bin/python
-SETUP := $(VENV)/.stamp
+override SETUP := $(VENV)/.stamp
 else
-SETUP :=
+override SETUP :=
 endif
 PYTHON3 := python3
 # For goals that need no package at all: whatever Python is there.
@@ -29,7 +30,7 @@ export PYTHONUNBUFFERED := 1
 export GOMP_SPINCOUNT ?= 10000
 
 # These count only when they stand on make's command line; the environment is too easily polluted with TIME or OUT.
-on_command_line = $(if $(filter command,$(firstword $(origin $(1)))),$($(1)))
+on_command_line = $(if $(filter command,$(firstword $(origin $(1)))),$(value $(1)))
 export KABLATE_OUT := $(call on_command_line,OUT)
 export KABLATE_SEEDS := $(call on_command_line,SEEDS)
 export KABLATE_TIME := $(call on_command_line,TIME)
@@ -37,15 +38,19 @@ export KABLATE_UNTIL := $(call on_command_line,UNTIL)
 export KABLATE_MAX_SEEDS := $(call on_command_line,MAX_SEEDS)
 export KABLATE_JOBS := $(call on_command_line,JOBS)
 export KABLATE_LOOK := $(call on_command_line,LOOK)
-$(foreach v,RETRY NAME STUDY ALL FULL A B FILE PEER PORT FROM PROMPT TOKENS,$(eval export $(v) := $(call on_command_line,$(v))))
+override TUNING := $(call on_command_line,TUNE)
+# As text (lib/literal.mk): a '$' or a '#' in one of them is none of make's.
+$(foreach v,RETRY NAME STUDY ALL FULL A B FILE PEER PORT FROM PROMPT TOKENS KCONFIG_SEED KILLS SEED WHAT,\
+  $(eval override export $(v) := $$(call on_command_line,$(v))))
+include lib/literal.mk
 
-STEP_GOALS := $(basename $(notdir $(wildcard gpt2/steps/*.config)))
-STEPS := $(filter $(STEP_GOALS),$(MAKECMDGOALS))
+override STEP_GOALS := $(basename $(notdir $(wildcard gpt2/steps/*.config)))
+override STEPS := $(filter $(STEP_GOALS),$(MAKECMDGOALS))
 
 ##@ Run a study
 .PHONY: run
 # make -n: a recipe that calls make would really run
-ONLY_LOOK := $(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS))))
+override ONLY_LOOK := $(findstring n,$(filter-out -%,$(firstword $(MAKEFLAGS))))
 ifneq (,$(ONLY_LOOK))
 run: plan
 else
@@ -60,8 +65,8 @@ ifneq (,$(ONLY_LOOK))
 cells tune-lr: plan
 else
 cells: $(SETUP) ## run the cells that are missing, without a report
-	$(Q)cells=$$($(PYTHON) -m scripts.plan --write $(reasons) $(if $(call on_command_line,TUNE),--tune) $(STEPS)) && \
-	KABLATE_MAKE_PID=$${KABLATE_MAKE_PID:-$$PPID} $(MAKE) --no-print-directory -f "$$cells"
+	$(Q)cells=$$($(PYTHON) -m scripts.plan --write $(reasons) $(if $(TUNING),--tune) $(STEPS)) && \
+	KABLATE_MAKE_PID=$${KABLATE_MAKE_PID:-$$PPID} $(MAKE) --no-print-directory -f lib/literal.mk -f "$$cells"
 
 tune-lr: $(SETUP) ## sweep the learning rate of every step alike, then run and compare the steps at their best one too
 	$(Q)$(MAKE) --no-print-directory cells TUNE=1
@@ -114,10 +119,11 @@ data: $(SETUP) ## prepare the configured data set, or check the one that is ther
 	$(Q)$(PYTHON) -m scripts.data
 
 ##@ Configure
+defconfig-%: override export KABLATE_DEFCONFIG = $*
 defconfig-%: $(SETUP) ## write .config from a study, with fragments: defconfig-gpt2-ra-ablation+tiny
-	$(Q)$(PYTHON) -m scripts.kconfig defconfig '$*'
+	$(Q)$(PYTHON) -m scripts.kconfig defconfig "$$KABLATE_DEFCONFIG"
 
-KCONFIG_GOALS := menuconfig nconfig oldconfig olddefconfig listnewconfig savedefconfig
+override KCONFIG_GOALS := menuconfig nconfig oldconfig olddefconfig listnewconfig savedefconfig
 .PHONY: $(KCONFIG_GOALS)
 menuconfig: ## edit .config in a menu
 nconfig: ## the same as menuconfig
@@ -127,6 +133,10 @@ listnewconfig: ## list them
 savedefconfig: ## write .config back to its study in minimal form (NAME=study for another)
 $(KCONFIG_GOALS): $(SETUP)
 	$(Q)$(PYTHON) -m scripts.kconfig $@
+
+.PHONY: randconfig
+randconfig: $(SETUP) ## write .config with random values, but for what STUDY=name sets (KCONFIG_SEED=number: the same again)
+	$(Q)$(PYTHON) -m scripts.randconfig
 
 .PHONY: list-defconfigs
 list-defconfigs: ## the studies and fragments there are
@@ -152,6 +162,10 @@ $(VENV)/.stamp: pyproject.toml requirements.txt constraints.txt
 .PHONY: test
 test: $(SETUP) ## run the tests (no network, no GPU, under 10 minutes on 2 cores)
 	$(Q)$(PYTHON) -m pytest
+
+.PHONY: torture
+torture: $(SETUP) ## kill tiny studies, fill their disk, damage their files: nothing may be lost (KILLS=200 SEED=1 WHAT=kills)
+	$(Q)$(PYTHON) -m scripts.torture
 
 .PHONY: lint
 lint: $(SETUP) ## run ruff
@@ -190,6 +204,10 @@ claims: $(SETUP) ## rebuild docs/claims.md from docs/claims.toml, the tests and 
 	$(Q)$(PYTHON) -m scripts.claims
 
 ##@ Other
+.PHONY: doctor
+doctor: ## say what of this machine the configured study needs, whether it is there, and what to do
+	$(Q)$(ANY_PYTHON) -m scripts.doctor
+
 .PHONY: clean
 clean: ## remove caches; results and .config stay
 	$(Q)rm -rf .pytest_cache .ruff_cache .hypothesis

@@ -8,6 +8,7 @@ import sys
 from contextlib import contextmanager
 
 EXIT_BAD_INPUT = 2
+LONGEST = 1500  # characters of a sentence: what was given may be a file
 
 
 class UserError(Exception):
@@ -24,7 +25,7 @@ def reported():
     try:
         yield
     except UserError as error:
-        what, run = (" ".join(text.splitlines()) for text in (error.what, error.run))  # what was given may hold newlines
+        what, run = (one_line(text) for text in (error.what, error.run))
         print(f"error: {what}\n  try: {run}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
@@ -32,3 +33,9 @@ def reported():
     except BrokenPipeError:  # the reader of a pipe went away: `make plan | head`
         sys.stderr.close()
         sys.exit(1)
+
+
+def one_line(text: str) -> str:
+    """What was given stands in an error as it was, but for newlines, and for characters that would steer a terminal."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.splitlines()))
+    return line if len(line) <= LONGEST else f"{line[:LONGEST // 2]} ... {line[-LONGEST // 3:]}"

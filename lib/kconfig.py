@@ -81,7 +81,7 @@ class Schema:
         self.symbols = {s.name: s for s in self.kconf.unique_defined_syms}
         self.kinds = {name: _kind(symbol) for name, symbol in self.symbols.items()}
         self.prompted = {name for name, s in self.symbols.items() if any(node.prompt for node in s.nodes)}
-        self.identity = {name for name in self.prompted if not _in_menu(self.symbols[name], BOOKKEEPING)}
+        self.identity = {name for name in self.prompted if not in_menu(self.symbols[name], BOOKKEEPING)}
 
     def reset(self) -> None:
         self.kconf.unset_values()
@@ -188,7 +188,8 @@ def _kind(symbol) -> str:
     return "str"
 
 
-def _in_menu(symbol, prompt: str) -> bool:
+def in_menu(symbol, prompt: str) -> bool:
+    """Whether a symbol stands in the menu of this prompt."""
     node = symbol.nodes[0]
     while node := node.parent:
         if node.item == kconfiglib.MENU and node.prompt and node.prompt[0] == prompt:

@@ -8,7 +8,7 @@ stopped and continued anywhere.
 
 from itertools import islice
 
-from lib.cells import FINISHED, SEED_LIMIT, parse_seeds, seeds_of
+from lib.cells import FINISHED, SEED_LIMIT, parse_seeds, seeds_of, whole
 from lib.config import Study
 from lib.design import FEWEST_SEEDS
 from lib.errors import UserError
@@ -45,10 +45,10 @@ def max_seeds(study: Study, options) -> int:
     if options.until != "decided":
         raise UserError(f"UNTIL={options.until} is no rule for stopping.", "make UNTIL=decided.")
     text = options.max_seeds or str(study.config.MAX_SEEDS)
-    if not text.isdecimal() or not FEWEST_SEEDS <= int(text) <= MOST:
+    if (number := whole(text)) is None or not FEWEST_SEEDS <= number <= MOST:
         raise UserError(f"MAX_SEEDS={text} is no number of seeds from {FEWEST_SEEDS} to {MOST}.",
                         "give one, e.g. make UNTIL=decided MAX_SEEDS=16.")
-    return int(text)
+    return number
 
 
 def next_block(plan) -> list[int]:

@@ -5,6 +5,7 @@ latter two. `inactive` says of a cell whose mechanism never acted within its bud
 is strict JSON and the last file a cell writes.
 """
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -23,11 +24,22 @@ KEYS = (
     "iterations", "tokens", "train_seconds", "tokens_per_second", "budget_progress",
     "compile_seconds", "eval_seconds", "calibration_seconds", "checkpoint_seconds", "other_seconds", "resumed",
     "parameters", "sizes", "kv_cache_bytes", "kv_cache_parts", "peak_memory_bytes", "compression",
-    "data", "environment", "configuration", "started", "finished",
+    "data", "environment", "configuration", "started", "finished", "checksum",
 )
 
 
 MEASURED = ("val_loss", "tokens", "train_seconds")  # what every finished cell knows
+# What a key holds where it is not null. A record may come from anywhere: readers count on this much of it, and no more.
+KINDS = {
+    **dict.fromkeys(("reason", "inactive", "study", "step", "optimizer", "started", "finished", "checksum"), "text"),
+    **dict.fromkeys(("seed", "iterations", "tokens", "resumed", "parameters", "kv_cache_bytes", "peak_memory_bytes"), "count"),
+    **dict.fromkeys(("train_seconds", "tokens_per_second", "budget_progress", "compile_seconds", "eval_seconds",
+                     "calibration_seconds", "checkpoint_seconds", "other_seconds"), "amount"),
+    **dict.fromkeys(("val_loss", "val_perplexity", "best_val_loss", "train_loss"), "number"),
+    **dict.fromkeys(("sizes", "data", "environment", "configuration"), "table"),
+    "kv_cache_parts": "table of amounts", "compression": "comparison of codecs",
+}
+LARGEST = 1e100  # of a number: its square is one too
 
 
 def write(folder: Path, provenance: dict, state: str, reason: str | None = None, **measured) -> dict:
@@ -40,6 +52,8 @@ def write(folder: Path, provenance: dict, state: str, reason: str | None = None,
     record = dict.fromkeys(KEYS) | {"format": FORMAT, "state": state, "reason": reason}
     record |= {key: provenance[key] for key in ("study", "step", "optimizer", "seed", "identity")}
     record |= {key: finite(value) for key, value in measured.items()}
+    record = json.loads(json.dumps(record))  # as a reader will find it
+    record["checksum"] = checksum(record)
     atomic.write_json(Path(folder) / NAME, record)
     return record
 
@@ -55,9 +69,15 @@ def read(folder: Path) -> dict | None:
                         "mend the disk or the permissions, then make again.") from None
     except (ValueError, RecursionError) as error:
         return dict.fromkeys(KEYS) | {"state": "unreadable", "reason": str(error)}
-    if not _well_formed(record):
-        return dict.fromkeys(KEYS) | {"state": "unreadable", "reason": f"it is not of format {FORMAT}"}
+    if flaw := _flaw(record):
+        return dict.fromkeys(KEYS) | {"state": "unreadable", "reason": flaw}
     return dict.fromkeys(KEYS) | record
+
+
+def checksum(record: dict) -> str:
+    """Of all that a record says, however it is laid out; what is null says nothing."""
+    said = {key: value for key, value in record.items() if key != "checksum" and value is not None}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _finite(text: str) -> float:
@@ -67,11 +87,40 @@ def _finite(text: str) -> float:
     return value
 
 
-def _well_formed(record) -> bool:
-    """Whether a reader may rely on the record: its state, its identity, and its loss and cost where it is done."""
+def _flaw(record) -> str | None:
+    """Why no reader may rely on the record, None if it may: its state, its identity, the kind of every value, and its loss
+    and cost where it is done."""
     if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("state") not in STATES:
-        return False
+        return f"it is not of format {FORMAT}"
     identity = record.get("identity")
     if not isinstance(identity, dict) or not all(isinstance(identity.get(part), dict) for part in ("set", "default")):
-        return False
-    return record["state"] != "done" or all(isinstance(record.get(key), int | float) for key in MEASURED)
+        return f"it is not of format {FORMAT}"
+    if record["state"] == "done" and not all(is_number(record.get(key)) for key in MEASURED):
+        return f"it is not of format {FORMAT}"
+    if record.get("checksum") not in (None, checksum(record)):  # none: a record of before there was one
+        return "it does not hold what was written (its checksum differs)"
+    wrong = (key for key, kind in KINDS.items() if record.get(key) is not None and not _is(kind, record[key]))
+    return next((f"its {key} is no {KINDS[key]}" for key in wrong), None)
+
+
+def is_number(value) -> bool:
+    """Whether a value of JSON is a number to calculate with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def _is(kind: str, value) -> bool:
+    if kind == "text":
+        return isinstance(value, str)
+    if kind == "table":  # of plain values, or of tables of texts (the source files)
+        return isinstance(value, dict) and all(
+            v is None or isinstance(v, bool | str) or is_number(v)
+            or isinstance(v, dict) and all(isinstance(text, str) for text in v.values()) for v in value.values())
+    if kind == "table of amounts":
+        return isinstance(value, dict) and all(_is("amount", v) for v in value.values())
+    if kind == "comparison of codecs":
+        layers = value.get("layers") if isinstance(value, dict) else None
+        return (isinstance(layers, list)
+                and all(is_number(value.get(key)) for key in ("val_loss_before", "val_loss_pca", "val_loss"))
+                and all(isinstance(layer, dict) and all(key in layer and (layer[key] is None or is_number(layer[key]))
+                                                        for key in ("error", "error_pca")) for layer in layers))
+    return is_number(value) and (kind == "number" or value >= 0) and (kind != "count" or isinstance(value, int))

@@ -21,14 +21,19 @@ def config_path() -> Path:
 
 
 def defconfig(name: str) -> None:
-    """Write .config from a study and fragments; the old one is kept as .config.old."""
+    """Write .config from a study and fragments."""
     study = Study(name)
+    write_config(study)
+    steps = " ".join(steps_of(study))
+    print(f"{shown(config_path())} is now {name}: steps {steps}")
+
+
+def write_config(study: Study) -> None:
+    """Write .config of a study; the old one is kept as .config.old."""
     path = config_path()
     if path.exists():
         atomic.write_bytes(path.with_name(path.name + ".old"), path.read_bytes())
     atomic.write_text(path, study.text())
-    steps = " ".join(steps_of(study))
-    print(f"{shown(path)} is now {name}: steps {steps}")
 
 
 def savedefconfig(name: str) -> None:

@@ -233,8 +233,8 @@ def _environment(records: list[dict]) -> dict | None:
     """That of the first finished cell, with every device that cells ran on."""
     if not records:
         return None
-    devices = sorted({str(record["environment"].get("device")) for record in records})
-    return records[0]["environment"] | {"device": " and ".join(devices)}
+    known = [record["environment"] or {} for record in records]
+    return known[0] | {"device": " and ".join(sorted({str(one.get("device")) for one in known}))}
 
 
 def _outside_budget(records: list[dict]) -> dict | None:

@@ -149,11 +149,11 @@ def test_listnewconfig_lists_what_dotconfig_does_not_say(dotconfig):
     path.write_text(Study("gpt2-ra-ablation").text())
     assert ok("listnewconfig") == ""
     path.write_text("".join(line + "\n" for line in path.read_text().splitlines()
-                            if "CONFIG_BATCH_SIZE" not in line and "CONFIG_MODEL_" not in line))
+                            if "CONFIG_BATCH_SIZE=" not in line and "CONFIG_MODEL_" not in line))
     listed = ok("listnewconfig").splitlines()
     assert listed == ["MODEL_TINY=n", "MODEL_GPT2=y", "MODEL_GPT2_MEDIUM=n", "MODEL_GPT2_LARGE=n", "MODEL_GPT2_XL=n",
                       "MODEL_CUSTOM=n", "BATCH_SIZE=8"]
-    assert "BATCH_SIZE" not in path.read_text(), "it only lists"
+    assert "BATCH_SIZE=" not in path.read_text(), "it only lists"
 
 
 def test_oldconfig_asks_for_what_is_new_and_nothing_else(dotconfig):
