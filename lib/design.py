@@ -57,7 +57,7 @@ def read(out: Path) -> list[dict]:
         return found
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{shown(path)} is not what was written before the first cell: {error}.",
                         "restore it, or give another folder with OUT= and run the study anew.") from None
 

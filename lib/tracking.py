@@ -24,12 +24,30 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def whole_rows(path: Path) -> list[str]:
+    """The lines of a metrics.jsonl that hold a row; a damaged one is left out. None at all if there is no such file."""
+    try:
+        lines = path.read_bytes().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            found += [line] if isinstance(json.loads(line), dict) else []
+        except (ValueError, RecursionError):
+            pass  # cut short, or not written by us
+    return found
+
+
 class MetricsLog:
     """Appends rows to `folder`/metrics.jsonl, keeping the first `keep` rows of what is there."""
 
     def __init__(self, folder: Path, keep: int = 0, tracker=None):
         path = Path(folder) / "metrics.jsonl"
-        kept = path.read_text().splitlines()[:keep] if keep else []
+        kept = whole_rows(path)[:keep] if keep else []
+        if len(kept) < keep:
+            print(f"warning: {path} holds only {len(kept)} of the {keep} rows written before; the curves have a gap, but the "
+                  "result does not depend on them", flush=True)
         atomic.write_text(path, "".join(line + "\n" for line in kept))
         self.file = open(path, "a")  # noqa: SIM115 open until close()
         self.count, self.tracker = len(kept), tracker

@@ -39,7 +39,7 @@ def read_decode(path: Path) -> dict:
         measured = {"device", "torch"} <= record["environment"].keys() and {"batches", "baseline"} <= record.keys()
     except FileNotFoundError:
         raise UserError(f"there is no {shown(path)}.", again) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{shown(path)} cannot be read: {type(error).__name__}: {error}.", again) from None
     if not (known and measured):
         raise UserError(f"{shown(path)} is not of make bench-decode.", again)

@@ -27,7 +27,7 @@ def draw_again(folder: Path) -> int:
         atomic.write_text(folder / "report.html", text)
     except ModuleNotFoundError as error:
         raise UserError(f"the page needs {error.name}, which is not installed.", f"pip install {error.name}.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{shown(folder / 'report.json')} gives no page: {error}.",
                         "make report FROM=folder with a folder that holds a report.json of make report.") from None
     print(f"written to {shown(folder / 'report.html')}")

@@ -196,7 +196,7 @@ def test_a_failed_cell_ends_until_decided_with_a_report(tmp_path):
     replace(tree / "gpt2/train_ra_mla.py", start, f"if provenance['step'] == 'V1':\n    raise MemoryError\n{start}")
     study = Study(tmp_path, tree=tree)
     code, output = study.make("UNTIL=decided")
-    assert code == 2 and output.count("failed: exit status 1: MemoryError (see ") == 3, output
+    assert code == 2 and output.count("failed: out of memory: MemoryError (train_ra_mla.py, line ") == 6, output
     assert "without a result: V1 seed 1337 (failed), V1 seed 1338 (failed), V1 seed 1339 (failed)" in output
 
 
@@ -356,11 +356,12 @@ def test_a_failed_cell_is_a_row_and_retry_runs_it_again(tmp_path):
     original = module.read_text()
     module.write_text(original.replace("        self.used = True\n", "        raise RuntimeError('planted')\n", 1))
     code, output = study.make()
-    assert code == 2 and "V1 seed 1337: failed: exit status 1: RuntimeError: planted" in output
+    assert code == 2 and "V1 seed 1337: failed: exception: RuntimeError: planted (unified_ra.py, line " in output
     assert study.metrics("V0")["state"] == "done" and study.metrics("V1")["state"] == "failed"
     module.write_text(original)
     code, output = study.make()
     assert code == 2 and "nothing to run" in output
+    assert "; make RETRY=1 runs it again |" in study.make("plan")[1]
     code, output = study.make("RETRY=1")
     assert code == 0 and "1 of 2 cells to run" in output and study.metrics("V1")["state"] == "done"
 

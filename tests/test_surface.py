@@ -1,6 +1,7 @@
 """What users rely on: studies, fragments, steps, goals, symbols, keys. A pinned set is changed on purpose or not at all."""
 
 import ast
+import functools
 import os
 import re
 import subprocess
@@ -13,15 +14,21 @@ import pytest
 
 from lib import results
 from lib.cells import baseline, expand
-from lib.config import Study, defconfig_layers, defconfig_names, identity_changes, load
+from lib.config import Study, defconfig_layers, defconfig_names, identity_changes
 from lib.kconfig import BOOKKEEPING, Schema, read_layer
 from lib.steps import step_files, step_header
-from tests.harness import ROOT, TINY, run
+from tests.harness import ROOT, TINY, run_here
 
 SCHEMA = Schema()
 STUDIES = sorted(defconfig_names())
 FRAGMENTS = sorted(p.name for p in (ROOT / "defconfigs/fragments").iterdir())
 STEPS = step_files()
+
+
+@functools.cache
+def load(name, step=None):
+    """lib.config.load, which would read the Kconfig files for each."""
+    return Study(name, schema=SCHEMA).resolve(step).config
 
 
 def words(text):
@@ -31,7 +38,8 @@ def words(text):
 GOALS = set(words("""
 run cells plan report fim check data tune-lr browse pack unpack
 menuconfig nconfig oldconfig olddefconfig listnewconfig savedefconfig list-defconfigs list-steps diffconfig
-setup test lint claims bench-check bench-overhead bench-stats bench-steps bench-decode frontier sample clean mrproper help
+setup test torture lint claims bench-check bench-overhead bench-stats bench-steps bench-train bench-attention bench-decode
+frontier sample doctor randconfig clean mrproper help
 """))
 
 STATES = {"planned", "running", "interrupted", "stale", "done", "diverged", "failed"}
@@ -39,37 +47,38 @@ STATES = {"planned", "running", "interrupted", "stale", "done", "diverged", "fai
 KEYS = words("""
 format state reason inactive study step optimizer seed identity val_loss val_perplexity best_val_loss train_loss iterations
 tokens train_seconds tokens_per_second budget_progress compile_seconds eval_seconds calibration_seconds
-checkpoint_seconds other_seconds resumed parameters sizes kv_cache_bytes peak_memory_bytes compression data environment
-configuration started finished
+checkpoint_seconds other_seconds resumed parameters sizes kv_cache_bytes kv_cache_parts peak_memory_bytes compression
+data environment configuration started finished checksum
 """)
 
 # Symbols of a cell's identity: removing or renaming one, or changing its default, makes finished cells stale.
 IDENTITY = set(words("""
 ADAM_BETA1 ADAM_BETA2 AMP_BFLOAT16 AMP_FLOAT32 ATTENTION_DIRECTION ATTENTION_LATENT_BAND ATTENTION_LENS ATTENTION_MLA
 ATTENTION_OUTPUT_GATE ATTENTION_ROUTER ATTENTION_SDPA ATTENTION_TIED_KV ATTENTION_TRANSPOSE ATTENTION_UNIFIED_RA
-ATTENTION_WALK BAND_CROSS_TOKEN BAND_EXCHANGE BAND_HEAD_GATES BAND_LATENT BAND_RECIPROCAL BAND_WINDOW BATCH_SIZE
-CONTEXT_CONDUCTOR CONTEXT_RANK COUPLING_DELAY COUPLING_DELAY_STEPS COUPLING_NONE COUPLING_RAMP_STEPS COUPLING_SHARE
-COUPLING_SPREAD COUPLING_TREND COUPLING_VARIANCE COUPLING_WARMUP COUPLING_WINDOW CPU_THREADS DATA_FINEWEB_EDU DATA_LOCAL
-DATA_PYSTDLIB DATA_SHAKESPEARE DATA_TINYSTORIES DEVICE_AUTO DEVICE_CPU DEVICE_CUDA DIRECTION_ALL DIRECTION_BALANCE
-DIRECTION_EARLY DIRECTION_LATE DIRECTION_LEARNED DIRECTION_MIN_STEPS DIRECTION_SHARE EVALUATE_ONLY GATE_LR_MULT GPT2_BIAS
-GPT2_BLOCK_SIZE GPT2_COMPILE GPT2_DROPOUT GPT2_EVAL_INTERVAL GPT2_EVAL_SAMPLES GPT2_GRADIENT_ACCUMULATION GPT2_MAX_ITERS
-GPT2_MAX_TIME GPT2_MAX_TOKENS GPT2_MIN_LR GPT2_MLP_EXPANSION GPT2_N_EMBD GPT2_N_HEAD GPT2_N_LAYER GPT2_WARMUP_STEPS
-GRAD_CLIP INIT_FROM_STEP KVSPLICE KVSPLICE_EPOCHS KVSPLICE_K KVSPLICE_KNOTS KVSPLICE_LR KVSPLICE_MAX_BATCHES
-KVSPLICE_SAMPLES KVSPLICE_SHARED KV_BLOCK KV_CACHE_AUTO KV_CACHE_BFLOAT16 KV_CACHE_FLOAT16 KV_CACHE_FLOAT32 KV_KEEP_LEARNED
-KV_KEEP_PENALTY KV_KEEP_RATIO KV_PRUNING_KV KV_PRUNING_NONE KV_PRUNING_V LEARNING_RATE LEARNING_RATE_MULT LENS_COLUMN_BIAS
-LENS_LATENT LENS_LATENT_KV LENS_ROUTE_GATE LENS_TRANSPOSE MLA_D_LATENT MLA_KVSPLICE MLA_KVSPLICE_D MLA_TOKEN_LATENT
-MLP_CONTEXT MLP_GELU MLP_NONE MLP_RECIPROCAL MODEL_CUSTOM MODEL_GPT2 MODEL_GPT2_LARGE MODEL_GPT2_MEDIUM MODEL_GPT2_XL
-MODEL_TINY OPTIMIZER_ADAMW OPTIMIZER_ADAMWSPAM OPTIMIZER_SINKGD RA_GATES_FIXED RA_GATES_GEOMETRIC RA_PER_HEAD_GATES RA_R
+ATTENTION_WALK BAND_CROSS_TOKEN BAND_EXCHANGE BAND_HEAD_GATES BAND_LATENT BAND_RECIPROCAL BAND_WINDOW BATCH_DRAWN
+BATCH_SIZE BATCH_SIZE_AUTO COMPILE_REGIONS CONTEXT_CONDUCTOR CONTEXT_RANK COUPLING_DELAY COUPLING_DELAY_STEPS
+COUPLING_NONE COUPLING_RAMP_STEPS COUPLING_SHARE COUPLING_SPREAD COUPLING_TREND COUPLING_VARIANCE COUPLING_WARMUP
+COUPLING_WINDOW CPU_THREADS DATA_FINEWEB_EDU DATA_LOCAL DATA_PYSTDLIB DATA_SHAKESPEARE DATA_TINYSTORIES DEVICE_AUTO
+DEVICE_CPU DEVICE_CUDA DIRECTION_ALL DIRECTION_BALANCE DIRECTION_EARLY DIRECTION_LATE DIRECTION_LEARNED
+DIRECTION_MIN_STEPS DIRECTION_SHARE EVALUATE_ONLY GATE_LR_MULT GPT2_BIAS GPT2_BLOCK_SIZE GPT2_COMPILE GPT2_DROPOUT
+GPT2_EVAL_INTERVAL GPT2_EVAL_SAMPLES GPT2_GRADIENT_ACCUMULATION GPT2_MAX_ITERS GPT2_MAX_TIME GPT2_MAX_TOKENS GPT2_MIN_LR
+GPT2_MLP_EXPANSION GPT2_N_EMBD GPT2_N_HEAD GPT2_N_LAYER GPT2_RECOMPUTE GPT2_WARMUP_STEPS GRAD_CLIP INIT_FROM_STEP
+KVSPLICE KVSPLICE_EPOCHS KVSPLICE_K KVSPLICE_KNOTS KVSPLICE_LR KVSPLICE_MAX_BATCHES KVSPLICE_SAMPLES KVSPLICE_SHARED
+KV_BLOCK KV_CACHE_AUTO KV_CACHE_BFLOAT16 KV_CACHE_FLOAT16 KV_CACHE_FLOAT32 KV_KEEP_LEARNED KV_KEEP_PENALTY KV_KEEP_RATIO
+KV_PRUNING_KV KV_PRUNING_NONE KV_PRUNING_V LEARNING_RATE LEARNING_RATE_MULT LENS_COLUMN_BIAS LENS_LATENT LENS_LATENT_KV
+LENS_ROUTE_GATE LENS_TRANSPOSE LOSS_CHUNKS MLA_D_LATENT MLA_KVSPLICE MLA_KVSPLICE_D MLA_TOKEN_LATENT MLP_CONTEXT
+MLP_GELU MLP_NONE MLP_RECIPROCAL MODEL_CUSTOM MODEL_GPT2 MODEL_GPT2_LARGE MODEL_GPT2_MEDIUM MODEL_GPT2_XL MODEL_TINY
+OPTIMIZER_ADAMW OPTIMIZER_ADAMWSPAM OPTIMIZER_SINKGD RA_GATES_FIXED RA_GATES_GEOMETRIC RA_PER_HEAD_GATES RA_R
 RA_SELF_RESTART RA_TIED RMLP_GATES_FIXED RMLP_GATES_GEOMETRIC RMLP_INJECTION RMLP_MIXER RMLP_R_FF RMLP_TIED_PROJ
 RMLP_TIED_UP RMLP_TOKEN_GATE RMLP_UNTIED ROUTER_DROP ROUTER_PENALTY ROUTER_RA_HEADS SEED SINKGD_ITERS SINKGD_L1
 SINKGD_MATRIX_LR_MULT SINKGD_TAU SKIP_AFTER SKIP_CHECK SKIP_GATES SKIP_PENALTY SKIP_START SKIP_START_REC SPAM_INTERVAL
-SPAM_THETA SPAM_WARMUP_STEPS STREAMS STRUCT_LR WALK_BETA WALK_GAMMA WALK_NEIGHBOURS WALK_RESTART WALK_REVERSIBLE WALK_STEPS
-WALK_WINDOW WEIGHT_DECAY
+SPAM_THETA SPAM_WARMUP_STEPS STREAMS STRUCT_LR WALK_BETA WALK_GAMMA WALK_NEIGHBOURS WALK_RESTART WALK_REVERSIBLE
+WALK_STEPS WALK_WINDOW WEIGHT_DECAY
 """))
 
 OUTSIDE_IDENTITY = set(words("""
-ABLATION_STEPS BASELINE CHECKPOINT_INTERVAL CONTROL_STEPS DATA_DIR DATA_LOCAL_DIR DATA_PREPARE_TOKENS DATA_SOURCE
-GPT2_LOG_INTERVAL JOBS MARGIN MAX_SEEDS OPTIMIZERS OUTPUT_DIR SAVE_MODEL SEEDS STUDY TRACKER_NONE TRACKER_PROJECT
+ABLATION_STEPS BASELINE CELL_TIMEOUT CHECKPOINT_INTERVAL CONTROL_STEPS DATA_DIR DATA_LOCAL_DIR DATA_PREPARE_TOKENS DATA_SOURCE
+GPT2_LOG_INTERVAL JOBS MARGIN MAX_SEEDS OPTIMIZERS OUTPUT_DIR SAVE_MODEL SEEDS STOP_SECONDS STUDY TRACKER_NONE TRACKER_PROJECT
 TRACKER_WANDB TUNE_LR
 """))
 
@@ -265,6 +274,7 @@ STUDIES_OF_THE_DOCUMENTS = {
     "gpt2-kv-compression-ablation": "V0 V19 C1 C2 C3", "gpt2-kv-pruning-ablation": "V0 V14 V15 V17 V18 V19",
     "gpt2-mla-architecture-ablation": "MLA0 RAMLA0 RAMLAKV0",
     "gpt2-kvsplice-ablation": "B0 MLA0 MLAKV0 MLA0@MLA_D_LATENT=1/6 RAMLA0 RAMLAKV0",
+    "gpt2-kv-frontier-ablation": "V0 V14 V19 C1 C2 C3 MLA0 MLAKV0 MLA0@MLA_D_LATENT=1/6 RAMLA0 RAMLAKV0",
     "gpt2-ramla-lr-ablation": "B0 B1 MLA0 MLA1 MLAKV0 MLAKV1 MLA0@MLA_D_LATENT=1/6 MLA1@MLA_D_LATENT=1/6 RAMLA0 RAMLA1 "
                               "RAMLAKV0 RAMLAKV1",
     "gpt2-ra-direction-ablation": "B0 RALEARN0 RAEARLY0 RALATE0 RAALL0",
@@ -417,10 +427,11 @@ def test_tools_that_do_not_train_do_not_import_torch(dotconfig, tmp_path, words)
     assert "scripts" in imported and not imported & heavy
 
 
-def test_every_tool_explains_itself_without_a_configuration(tmp_path):
+def test_every_tool_explains_itself_without_a_configuration(tmp_path, monkeypatch):
+    monkeypatch.setenv("KCONFIG_CONFIG", str(tmp_path / "none"))
     for path in sorted(Path(ROOT / "scripts").glob("*.py")):
         if path.stem != "__init__":
-            done = run(f"scripts.{path.stem}", "--help", KCONFIG_CONFIG=tmp_path / "none")
+            done = run_here("-m", f"scripts.{path.stem}", "--help")
             assert done.returncode == 0 and done.stdout.startswith(f"usage: python -m scripts.{path.stem}"), path.stem
 
 
