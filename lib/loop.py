@@ -275,11 +275,15 @@ def resume(folder: Path, identity: dict, data: dict, model, optimizer, progress:
 def compile_model(cfg, model) -> None:
     """Have torch.compile make programs of the model, or of its regions, at their first use."""
     if cfg.COMPILE_REGIONS:
-        # Layers that differ in a Python constant have a program each; beyond the limit they would run uncompiled, silently.
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10 ** 6
+        lift_compile_limits()  # layers that differ in a Python constant have a program each
         model.compile_regions()
     else:
         model.compile(dynamic=False)
+
+
+def lift_compile_limits() -> None:
+    """Any number of programs: what is beyond the compiler's limit would run uncompiled without a word."""
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10 ** 6
 
 
 def warm_up(cfg, model, optimizer, eval_set, device) -> None:

@@ -35,7 +35,7 @@ from lib.cells import baseline, steps_of
 from lib.config import Study, parse_step
 from lib.errors import UserError, reported
 from lib.kconfig import Assignment
-from lib.loop import COMPILE_WARMUP_STEPS
+from lib.loop import COMPILE_WARMUP_STEPS, lift_compile_limits
 from lib.steps import step_path
 from lib.tables import table, table_head, table_row
 from scripts import benching
@@ -200,7 +200,7 @@ def bench(study: Study, steps: list[str], options, dtypes: list[str], modes: lis
     first = baseline(study)
     cfg = study.resolve(first).config
     device = runtime.setup(cfg)
-    benching.lift_compile_limits()
+    lift_compile_limits()
     steps = list(dict.fromkeys([first, *(steps or kinds_of_attention(study, first))]))
     configured = {step: study.resolve(step).config for step in steps}
     arms = {step: lambda c=own: attention_of(c) for step, own in configured.items()}

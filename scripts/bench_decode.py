@@ -47,10 +47,11 @@ from lib.cells import baseline, steps_of
 from lib.config import Study, parse_step
 from lib.errors import UserError, reported
 from lib.kconfig import Assignment
+from lib.loop import lift_compile_limits
 from lib.mechanisms import Mechanisms, Moment
 from lib.steps import step_files, step_path
 from lib.tables import table, table_head, table_row
-from scripts.benching import failure, lift_compile_limits, narrator, release, spread
+from scripts.benching import check_options, failure, narrator, release, spread
 
 FORMAT = 1
 HEADER = ["step", "context", "batch", "first token, ms", "tokens/s", "min .. max", "speed", "cache, MiB", "cache",
@@ -357,13 +358,10 @@ def main(arguments: list[str] | None = None) -> None:
     if args.show:
         print("\n".join(show(path) for path in args.show), end="")
         return
-    for option, least in (("context", 2), ("batch", 1), ("rounds", 1), ("tokens", 1)):
-        given = getattr(args, option)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and value < least:
-                raise UserError(f"--{option} {value} is below {least}.", "leave it out for the default.")
-    if args.out and not args.out.parent.is_dir():
-        raise UserError(f"there is no folder {args.out.parent}.", "create it first.")
+    for context in args.context:
+        if context < 2:
+            raise UserError(f"--context {context} is below 2.", "leave it out for the default.")
+    check_options(args, ("batch", "rounds", "tokens"), args.out)
     study = Study(args.study or ("gpt2-ra-ablation" if torch.cuda.is_available() else "gpt2-ra-ablation+tiny"))
     for step in args.steps:  # a slip of the pen ends it at once; a step that does not fit this study is a row
         step_path(parse_step(step)[0], study.config.STEPS_DIR)

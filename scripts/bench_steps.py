@@ -29,7 +29,7 @@ from lib import atomic, optimizers, runtime
 from lib.cells import baseline
 from lib.config import Study, parse_step
 from lib.errors import UserError, reported
-from lib.loop import COMPILE_WARMUP_STEPS
+from lib.loop import COMPILE_WARMUP_STEPS, lift_compile_limits
 from lib.mechanisms import Moment
 from lib.steps import step_files, step_path
 from lib.tables import table, table_head, table_row
@@ -113,7 +113,7 @@ def bench(study: Study, steps: list[str], batch: int | None, compiled: str | Non
     compiled = compiled or ("whole" if device.type == "cuda" else "no")
     options = {"batch": batch or cfg.BATCH_SIZE, "compiled": compiled, "progress": progress}
     if compiled != "no":
-        benching.lift_compile_limits()
+        lift_compile_limits()
     steps = list(dict.fromkeys([name, *steps]))
     say, environment = benching.narrator(), benching.environment(cfg, device, compiled != "no")
     record = {"format": FORMAT, "study": study.name, "baseline": name, "block_size": cfg.GPT2_BLOCK_SIZE, **options,

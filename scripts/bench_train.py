@@ -33,6 +33,7 @@ from lib.config import Study, parse_step
 from lib.data import EvalSet, open_corpus
 from lib.errors import UserError, reported
 from lib.kconfig import Assignment
+from lib.loop import lift_compile_limits
 from lib.steps import step_path
 from lib.tables import plural, table, table_head, table_row
 from scripts import benching
@@ -152,7 +153,7 @@ def bench(study: Study, steps: list[str], peer: Peer | None, sizes: list[int], c
     gpu = device.type == "cuda"
     compiled = gpu if options.compile is None else options.compile
     if compiled:
-        benching.lift_compile_limits()
+        lift_compile_limits()
     arms, seeds = arms_of(study, steps, peer), [cfg.SEED + i for i in range(options.seeds)]
     corpus = corpus or (open_corpus(cfg) if options.losses else None)
     eval_set = EvalSet(corpus.val, max(1, cfg.GPT2_EVAL_SAMPLES * cfg.BATCH_SIZE // EVAL_BATCH), EVAL_BATCH,

@@ -146,11 +146,6 @@ def release(device) -> None:
         torch.cuda.empty_cache()
 
 
-def lift_compile_limits() -> None:
-    """One program a model, all under one limit, beyond which models would run uncompiled without a word."""
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10 ** 6
-
-
 def environment(cfg, device, compiled: bool) -> dict:
     """Where it was measured, without the list of sources."""
     found = runtime.environment(cfg, device)
