@@ -126,7 +126,7 @@ def _same_but_for_split(study: Study, found: dict, planned: dict) -> bool:
                 for part in ("set", "default")}
     try:
         batch, accumulated, drawn = _split_of(found)
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError, OverflowError):
         return False
     same = batch * accumulated == global_batch(study) and drawn == (study.config.BATCH_DRAWN or study.config.BATCH_SIZE)
     return same and not identity_changes(rest(found), rest(planned))

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib import generations, results
+from lib import generations, process, results
 from lib.config import Resolved, Study, identity_changes, sealed
 from lib.errors import UserError
 from lib.steps import file_name
@@ -174,23 +174,38 @@ def inspect(out: Path, cell: Cell) -> Status:
     record = results.read(folder)
     if record is None:
         if is_locked(folder):
-            return Status("running", "another make runs it")
+            return _held(folder, cell)
         if not generations.there(folder):
             return Status("interrupted", "its process ended before its first checkpoint, so it starts anew")
-        try:
-            found = json.loads((folder / "provenance.json").read_text())["identity"]
-            changes = identity_changes(found, cell.resolved.with_seed(cell.seed).identity)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            return Status("stale", f"provenance.json cannot be read: {error}")
-        if changes:
-            return Status("stale", f"its checkpoint is of another configuration: {'; '.join(changes)}")
-        return Status("interrupted", "has a checkpoint to resume from")
+        flaw = _checkpoint_flaw(folder, cell)
+        return Status("stale", flaw) if flaw else Status("interrupted", "has a checkpoint to resume from")
     if record["state"] == "unreadable":
         return Status("stale", f"metrics.json cannot be read: {record['reason']}", record)
     changes = identity_changes(record["identity"], cell.resolved.with_seed(cell.seed).identity)
     if changes:
         return Status("stale", f"its result is of another configuration: {'; '.join(changes)}", record)
     return Status(record["state"], record["reason"] or "its result is on disk", record)
+
+
+def _held(folder: Path, cell: Cell) -> Status:
+    """Of a cell that a live process holds. One whose make was killed only stops, and a launcher waits for that. Its folder is
+    not to be moved away meanwhile, so it is not stale before it has stopped."""
+    launcher = process.claimed_by(folder / ".lock")
+    if launcher is not None:
+        return Status("running", "another make runs it" + (f" (process {launcher})" if launcher else ""))
+    flaw = _checkpoint_flaw(folder, cell)
+    return Status("running", f"its last process still stops; {flaw}") if flaw else Status(
+        "interrupted", "its last process still stops")
+
+
+def _checkpoint_flaw(folder: Path, cell: Cell) -> str | None:
+    """Why the cell cannot go on from what is there."""
+    try:
+        found = json.loads((folder / "provenance.json").read_text())["identity"]
+        changes = identity_changes(found, cell.resolved.with_seed(cell.seed).identity)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return f"provenance.json cannot be read: {error}"
+    return f"its checkpoint is of another configuration: {'; '.join(changes)}" if changes else None
 
 
 def is_locked(folder: Path) -> bool:

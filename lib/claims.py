@@ -229,7 +229,7 @@ def report_at(name: str, where: str, root: Path = ROOT) -> dict:
     except FileNotFoundError:
         raise UserError(f"{where}: the artifact {name} is missing.",
                         "commit the study's report, or stop naming it.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: the artifact {name} cannot be read: {error}.",
                         "make report, and commit what it writes.") from None
 

@@ -25,7 +25,8 @@ AGAIN = {  # kind: what make RETRY=1 does, and what to do before
     MEMORY: "make RETRY=1 runs it again as it is configured; a smaller BATCH_SIZE with as much more "
             "GPT2_GRADIENT_ACCUMULATION, BATCH_SIZE_AUTO or GPT2_RECOMPUTE need less memory",
     DISK: "free space or mend the disk, then make RETRY=1",
-    "timeout": "make RETRY=1 tries it once more; CONFIG_CELL_TIMEOUT says how long a cell may show no progress",
+    "timeout": "training.log says where it hung; make RETRY=1 tries it once more; CONFIG_CELL_TIMEOUT says how long a cell may "
+               "show no progress",
 }
 
 

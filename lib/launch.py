@@ -3,9 +3,11 @@
 Contract: returns 0 once the cell's state is on disk (done, diverged, failed, or interrupted because its process was
 killed), so that make goes on with the other cells; returns 128 + signal when the launcher itself was asked to stop. Only
 one launcher runs a cell at a time. A cell that is to stop gets SIGTERM first. STOP_SECONDS later, or at a second signal, its
-whole group is killed. A cell that shows no progress for CELL_TIMEOUT seconds is stopped so too, and has failed.
+whole group is killed. A cell that shows no progress for CELL_TIMEOUT seconds is stopped so too, and has failed; its log then
+says where each of its threads was. A cell that still stops, because its make was killed, is waited for as long as it may take.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -21,21 +23,32 @@ from filelock import FileLock, Timeout
 from lib import atomic, failures, generations, process, results
 from lib.cells import Cell
 from lib.config import Config, Resolved
-from lib.errors import UserError
+from lib.errors import UserError, one_line
 from lib.paths import ROOT, shown
 from lib.tables import count, duration
 
 POLL_SECONDS = 0.2
 LOCK_SECONDS = 2.0  # a plan that looks whether a cell runs holds its lock for an instant
 REPEAT_SECONDS = 2.0  # one stop can arrive twice (make and its group are both signalled): only a later one is a second
+KEY_SECONDS = 0.5  # of Ctrl-C, which a terminal sends once
 CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}  # would happen again
 PLAIN_LINE_SECONDS = 60.0  # how often a cell reports where there is no terminal to draw on
 
 
 def read_plan(plan: Path, seed: int, folder: Path, parent: str | None) -> Cell:
     """The cell that a plan file describes, under `seed`."""
-    content = json.loads(plan.read_text())
-    values = {"STUDY": content["study"], "TRAINER": content["trainer"], **content["limits"]}
+    try:
+        content = json.loads(plan.read_bytes())
+        kinds = {str: ("step", "optimizer", "study", "trainer", "config"), dict: ("identity", "symbols", "limits")}
+        wrong = [key for kind, keys in kinds.items() for key in keys if not isinstance(content[key], kind)]
+        wrong += [key for key in process.LIMITS if type(content["limits"][key]) is not int]
+        if wrong:
+            raise ValueError(f"its {wrong[0]} is of another kind")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{shown(plan)} is not what a plan has written ({type(error).__name__}: {error}).",
+                        "make again, which writes it anew.") from None
+    limits = {key: content["limits"][key] for key in process.LIMITS}
+    values = {"STUDY": content["study"], "TRAINER": content["trainer"], **limits}
     resolved = Resolved(Config(values), content["config"], content["identity"], content["symbols"])
     return Cell(content["step"], content["optimizer"], seed, folder.name, resolved, parent)
 
@@ -51,19 +64,23 @@ def run(folder: Path, plan: Path, seed: int, position: str, parent: str | None) 
     """Run the cell in `folder`; `position` is "3/7" for the display."""
     cell = read_plan(plan, seed, folder, parent)
     title = f"{position:>7}  {cell.step} seed {seed}"
+    make = process.number_in(process.MAKE_VARIABLE)
+    watch = process.Watch(os.getppid(), *([] if make is None else [make]))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=LOCK_SECONDS) as lock:
+        known = results.read(folder)
+        with _locked(folder, title, cell.resolved.config.STOP_SECONDS, watch) as lock:
             if record := results.read(folder):
-                if record["state"] != "failed":
+                if record["state"] != "failed" or known is None:
                     print(f"{title}: another make has finished it meanwhile")
                     return 0
                 (folder / results.NAME).unlink()  # the plan lists a failed cell only when it is to run again
             atomic.remove_orphans(folder)
             prepare(folder, cell)
-            return _run_locked(folder, cell, title, position, process.held_by_children(lock))
+            return _run_locked(folder, cell, title, position, watch, lock)
     except Timeout:
-        print(f"{title}: another make is running it")
+        claimed = process.claimed_by(folder / ".lock") is not None
+        print(f"{title}: {'another make is running it' if claimed else 'its last process has not stopped'}")
         return 0
     except BrokenPipeError:
         raise
@@ -72,18 +89,42 @@ def run(folder: Path, plan: Path, seed: int, position: str, parent: str | None) 
                         "free space or mend the disk, then make again: it goes on from the last checkpoint.") from None
 
 
-def _run_locked(folder: Path, cell: Cell, title: str, position: str, lock: list[int]) -> int:
+@contextlib.contextmanager
+def _locked(folder: Path, title: str, stop_seconds: int, watch: process.Watch):
+    """Hold the cell's lock, claimed; gives its descriptors. A cell that only stops is waited for, `stop_seconds` at most and
+    while make lives. Timeout if another launcher has it, or it does not stop."""
+    lock, begun = FileLock(folder / ".lock"), time.monotonic()
+    waiting = False
+    while True:
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+            break
+        except Timeout:
+            waited = time.monotonic() - begun
+            if process.claimed_by(folder / ".lock") is not None or waited > stop_seconds + LOCK_SECONDS or watch.ended():
+                raise
+        if not waiting:
+            print(f"{title}: its last process still stops, which may take {duration(stop_seconds)}", flush=True)
+            waiting = True
+    handles = process.held_by_children(lock)
+    process.claim(handles)
+    try:
+        yield handles
+    finally:
+        lock.release()
+
+
+def _run_locked(folder: Path, cell: Cell, title: str, position: str, watch: process.Watch, lock: list[int]) -> int:
     asked: list[tuple[int, float]] = []
 
     def ask(number, _=None):
-        if not asked or time.monotonic() - asked[-1][1] > REPEAT_SECONDS:
+        process.claim(lock, held=False)
+        if not asked or time.monotonic() - asked[-1][1] > (KEY_SECONDS if number == signal.SIGINT else REPEAT_SECONDS):
             asked.append((number, time.monotonic()))
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a job in the background
             signal.signal(number, ask)
-    makes = [os.getppid()] + ([int(os.environ[process.MAKE_VARIABLE])] if os.environ.get(process.MAKE_VARIABLE) else [])
-    watch = process.Watch(*makes)
     display, life, kills = Display(folder, title, position), process.Life(), process.memory_kills()
     limits = cell.resolved.config
     begun, hung, told, killing = time.monotonic(), None, None, False
@@ -92,22 +133,34 @@ def _run_locked(folder: Path, cell: Cell, title: str, position: str, lock: list[
         child = subprocess.Popen([sys.executable, str(ROOT / cell.resolved.config.TRAINER), "--cell", str(folder)], stdout=log,
                                  stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
                                  pass_fds=[life.handle, *lock], env={**os.environ, process.LAUNCHER_VARIABLE: str(os.getpid()),
-                                                              process.LIFE_VARIABLE: str(life.handle)})
-        while child.poll() is None:
-            silence, now = life.silence(), time.monotonic()
-            if watch.ended() and not asked:
-                ask(signal.SIGTERM)
-            if limits.CELL_TIMEOUT and silence > limits.CELL_TIMEOUT and not (asked or hung):
-                hung = f"timeout: no progress for {duration(silence)}{display.where()}"
-            if (asked or hung) and told is None:
-                # To the cell alone: its group holds helpers (compile workers) that it still needs to stop.
-                _signal(child, signal.SIGTERM)
-                told = now
-            elif len(asked) + bool(hung) > 1 or told is not None and now - told > limits.STOP_SECONDS:
-                _signal(child, signal.SIGKILL, group=True)
-                killing = True
-            display.update()
-            time.sleep(POLL_SECONDS)
+                                                              process.LIFE_VARIABLE: str(life.handle),
+                                                              process.STOP_VARIABLE: str(limits.STOP_SECONDS)})
+        try:
+            while child.poll() is None:
+                silence, now = life.silence(), time.monotonic()
+                if watch.ended() and not asked:
+                    ask(signal.SIGTERM)
+                if limits.CELL_TIMEOUT and silence > limits.CELL_TIMEOUT and not (asked or hung):
+                    hung = f"timeout: no progress for {duration(silence)}{display.where()}"
+                    with contextlib.suppress(OSError):  # a full disk
+                        os.write(log.fileno(), f"no progress for {duration(silence)}: where each thread is\n".encode())
+                    _signal(child, process.STACKS_SIGNAL)
+                elif (asked or hung) and told is None:  # a poll later, when the stacks are written
+                    # To the cell alone: its group holds helpers (compile workers) that it still needs to stop.
+                    _signal(child, signal.SIGTERM)
+                    told = now
+                elif len(asked) + bool(hung) > 1 or told is not None and now - told > limits.STOP_SECONDS:
+                    _signal(child, signal.SIGKILL, group=True)
+                    killing = True
+                display.update()
+                time.sleep(POLL_SECONDS)
+        except BaseException:  # nobody reads what we print: neither of the two goes on without the other
+            _signal(child, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(limits.STOP_SECONDS)
+            _signal(child, signal.SIGKILL, group=True)
+            child.wait()
+            raise
     _signal(child, signal.SIGKILL, group=True)  # helpers of the cell, if it left any
     life.close()
     reason = hung
@@ -176,21 +229,22 @@ class Display:
         return f", after iteration {self.row['iteration']}" if "iteration" in self.row else ""
 
     def finish(self, text: str) -> None:
-        print(("\r\x1b[K" if self.live else "") + text, flush=True)
+        print(("\r\x1b[K" if self.live else "") + one_line(text), flush=True)  # what a cell has said may stand in it
 
     def _read(self) -> None:
-        """Take in the rows written since the last look; a row that is not whole yet is left for the next."""
+        """Take in the numbers of the rows written since the last look; a row that is not whole yet is left for the next."""
         try:
-            with open(self.path) as file:
+            with open(self.path, "rb") as file:
                 if os.fstat(file.fileno()).st_size < self.offset:
                     self.offset = 0  # a resumed cell has cut its rows
                 file.seek(self.offset)
                 for line in file:
-                    if not line.endswith("\n"):
+                    if not line.endswith(b"\n"):
                         break
-                    self.offset += len(line.encode())
-                    self.row |= {k: v for k, v in json.loads(line).items() if v is not None}
-        except (OSError, ValueError):
+                    self.offset += len(line)
+                    with contextlib.suppress(ValueError, RecursionError, AttributeError):  # damaged: the next one may be whole
+                        self.row |= {k: v for k, v in json.loads(line).items() if results.is_number(v)}
+        except OSError:
             return
 
     def _text(self) -> str:

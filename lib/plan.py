@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lib import atomic, batch_size, design, looks, tuning
+from lib import atomic, batch_size, design, looks, process, tuning
 from lib.cells import FINISHED, LONGEST_NAME, Cell, Status, baseline, expand, inspect, other_seeds, seeds_of, steps_of, whole
 from lib.config import Study, environment_overrides, identity_changes
 from lib.errors import UserError
@@ -223,7 +223,7 @@ class Plan:
         resolved = cell.resolved
         content = json.dumps({"step": cell.step, "optimizer": cell.optimizer, "study": self.study.name,
                               "trainer": resolved.config.TRAINER,
-                              "limits": {name: getattr(resolved.config, name) for name in ("CELL_TIMEOUT", "STOP_SECONDS")},
+                              "limits": {name: getattr(resolved.config, name) for name in process.LIMITS},
                               "config": resolved.text, "identity": resolved.identity, "symbols": resolved.provenance},
                              indent=1)
         path = self.out / "plan" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"

@@ -1,39 +1,73 @@
 """Process discipline: nothing outlives the make that started it.
 
 A cell runs in its own process group under a launcher. The launcher watches make's process; the cell asks the kernel for
-a signal when the launcher dies. Both end in SIGTERM to the cell, which saves and stops.
+a signal when the launcher dies. Both end in SIGTERM to the cell, which saves and stops within STOP_SECONDS: whoever is left,
+the launcher or the cell itself, kills the cell's group after that.
 
 The cell in turn shows the launcher that it gets on, by a byte through a pipe now and then. A pipe needs no disk and no clock
-that two processes agree on, and nothing is left of it.
+that two processes agree on, and nothing is left of it. Asked with STACKS_SIGNAL, it says where it is.
+
+A cell's lock is two locks on one file. The cell inherits the first (flock) and keeps it until it has ended. The second (a
+record lock) is the launcher's own, for as long as it means to go on; so a cell that is locked and not claimed is stopping.
 """
 
 import ctypes
+import faulthandler
+import fcntl
 import os
 import re
 import select
 import signal
+import struct
+import threading
 import time
 from pathlib import Path
+
+from lib.errors import UserError
 
 PR_SET_PDEATHSIG = 1
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: the cell stopped on request, its checkpoint is on disk
 EXIT_DISK = 74  # EX_IOERR: the disk is full or gone, so that the log may not say it
 LAUNCHER_VARIABLE, MAKE_VARIABLE, LIFE_VARIABLE = "KABLATE_LAUNCHER_PID", "KABLATE_MAKE_PID", "KABLATE_LIFE_FD"
+STOP_VARIABLE = "KABLATE_STOP_SECONDS"
+LIMITS = ("CELL_TIMEOUT", "STOP_SECONDS")  # the symbols of a cell that its launcher itself goes by
+STACKS_SIGNAL = signal.SIGURG  # a process that has not asked for it ignores it: a cell may hang before it has
+RECORD_LOCK = struct.Struct("hhqqi4x")  # Linux's struct flock: kind, whence, start, length, process
 LIFE_SECONDS = 1.0  # between two signs of life, at least
 _shown_at, _life = -LIFE_SECONDS, None  # in a cell: when it last showed life, and to whom
 
 
+def number_in(variable: str) -> int | None:
+    """The process, descriptor or time that we have put into the environment; None if it is not there. UserError if it is
+    nothing of ours."""
+    text = os.environ.get(variable, "")
+    if text and not re.fullmatch("[0-9]{1,9}", text):
+        raise UserError(f"{variable}={text} is no number.", f"unset {variable}, which make sets where it is needed.")
+    return int(text) if text else None
+
+
 def die_with_launcher() -> None:
-    """In a cell: receive SIGTERM when the launcher dies, also if it is already dead. No effect without a launcher."""
-    launcher = os.environ.get(LAUNCHER_VARIABLE, "")
-    if not launcher.isdecimal():
+    """In a cell: receive SIGTERM when the launcher dies, also if it is already dead, and SIGKILL when STOP_SECONDS have passed
+    since. The launcher may ask for stacks from now on. No effect without a launcher."""
+    launcher, grace = number_in(LAUNCHER_VARIABLE), number_in(STOP_VARIABLE)
+    if launcher is None:
         return
+    faulthandler.register(STACKS_SIGNAL)  # to standard error, of every thread, also while Python itself is stuck
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     except (OSError, AttributeError):
         return  # not Linux: the launcher forwards signals, but cannot be killed with -9 safely
-    if os.getppid() != int(launcher):
+    if grace is not None:
+        threading.Thread(target=_killed_after, args=(Watch(launcher), grace), daemon=True).start()
+    if os.getppid() != launcher:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _killed_after(launcher: "Watch", seconds: int) -> None:
+    """Kill this process, with its group if it leads one, `seconds` after the launcher has ended."""
+    launcher.wait()
+    time.sleep(seconds)
+    (os.killpg if os.getpgrp() == os.getpid() else os.kill)(os.getpid(), signal.SIGKILL)
 
 
 def held_by_children(lock) -> list[int]:
@@ -41,6 +75,28 @@ def held_by_children(lock) -> list[int]:
     while it saves and stops, no other launcher may start it a second time. FileLock has no public name for it."""
     handle = getattr(getattr(lock, "_context", None), "lock_file_fd", None)
     return [] if handle is None else [handle]
+
+
+def claim(handles: list[int], held: bool = True) -> None:
+    """In a launcher: say (or no longer say) that it goes on with the cell whose lock is open as `handles`. Children do not
+    inherit it, and it ends with this process."""
+    for handle in handles:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB if held else fcntl.LOCK_UN)
+        except OSError:
+            pass  # on some network file systems the two locks are one, which then says the same
+
+
+def claimed_by(lock: Path) -> int | None:
+    """The launcher that goes on with a cell whose lock is held; None if its cell is only stopping. 0 where the system does not
+    say who it is."""
+    try:
+        with open(lock, "rb") as file:
+            asked = RECORD_LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind, _, _, _, launcher = RECORD_LOCK.unpack(fcntl.fcntl(file, fcntl.F_GETLK, asked))
+    except (OSError, struct.error):
+        return 0
+    return None if kind == fcntl.F_UNLCK else max(launcher, 0)
 
 
 class Watch:
@@ -61,6 +117,11 @@ class Watch:
             return True
         return bool(select.select(self.handles, [], [], 0)[0]) if self.handles else False
 
+    def wait(self) -> None:
+        """Until one of them has ended; for ever if none can be watched."""
+        if None not in self.handles:
+            select.select(self.handles, [], [])
+
 
 def show_life() -> None:
     """In a cell: what it does gets on. Called at every micro-batch; writes at most once a second, and only under a launcher."""
@@ -69,8 +130,9 @@ def show_life() -> None:
     if now - _shown_at < LIFE_SECONDS:
         return
     _shown_at = now
-    if handle := os.environ.pop(LIFE_VARIABLE, None):  # not for processes that the cell starts: it is not open there
-        _life = int(handle)
+    if os.environ.get(LIFE_VARIABLE):
+        _life = number_in(LIFE_VARIABLE)
+        del os.environ[LIFE_VARIABLE]  # not for processes that the cell starts: it is not open there
     if _life is not None:
         try:
             os.write(_life, b".")

@@ -52,6 +52,7 @@ def write(folder: Path, provenance: dict, state: str, reason: str | None = None,
     record = dict.fromkeys(KEYS) | {"format": FORMAT, "state": state, "reason": reason}
     record |= {key: provenance[key] for key in ("study", "step", "optimizer", "seed", "identity")}
     record |= {key: finite(value) for key, value in measured.items()}
+    record |= {key: None for key, value in record.items() if isinstance(value, float) and abs(value) > LARGEST}
     record = json.loads(json.dumps(record))  # as a reader will find it
     record["checksum"] = checksum(record)
     atomic.write_json(Path(folder) / NAME, record)

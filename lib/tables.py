@@ -1,5 +1,7 @@
 """Tables for people: aligned Markdown, so that what the terminal shows can be pasted into a report."""
 
+from lib.errors import one_line
+
 
 def table(header: list[str], rows: list[list[str]], right: str = "") -> str:
     """Aligned Markdown table. `right` holds an 'r' at each column that is set to the right: 'lrr'."""
@@ -21,7 +23,7 @@ def table_row(row: list[str], widths: list[int], right: str = "") -> str:
 
 
 def escaped(cell) -> str:
-    return str(cell).replace("|", "\\|").replace("\n", " ")
+    return one_line(str(cell)).replace("|", "\\|")
 
 
 def duration(seconds: float) -> str:

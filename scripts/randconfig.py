@@ -204,7 +204,7 @@ def _proved(study: Study) -> int:
                 raise Broken(f"{cell.step} was refused only by its training: {error.what}") from None
             record = results.read(folder)
             if not record or record["state"] not in ("done", "diverged"):
-                raise Broken(f"{cell.step} left {record and record['state']}: {said.getvalue()[-300:]}")
+                raise Broken(f"{cell.step} left {record and (record['state'], record['reason'])}: {said.getvalue()[-300:]}")
             if record["state"] == "done" and not math.isfinite(record["val_loss"]):
                 raise Broken(f"{cell.step} is done with a loss of {record['val_loss']}")
     return len(cells)

@@ -16,12 +16,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from lib.cells import whole
 from lib.errors import UserError, reported
 from lib.tables import duration, table
 from scripts.torturing import clock, damage, disk, kills
 from scripts.torturing.arena import Arena, Failed, Reference, steps
 
 PARTS = ("kills", "disk", "clock", "damage")
+FEW_KILLS, ITERATIONS, FEW_ITERATIONS = 100, 100, 40  # with fewer kills than that, cells are shorter too
 SHOWN = 120  # characters of what came of a case in the table; the line above it has all of them
 
 
@@ -41,7 +43,7 @@ class Torture:
     def run(self, parts: list[str], side_by_side: int, case: str = "") -> None:
         mounts = disk.own_mounts() if "disk" in parts else None  # before there are threads
         two = {"ABLATION_STEPS": f'"{" ".join(steps(2))}"', "SEEDS": '"2"'}
-        reference = Reference(self.arena.study("reference", **two))
+        reference = Reference(self.arena.study("reference", **two), f"-j{side_by_side}")
         self.say(f"an undisturbed study of {len(reference.records)} cells took {reference.seconds:.0f} s")
         with ThreadPoolExecutor(side_by_side) as pool:
             waiting = []
@@ -113,22 +115,24 @@ def main() -> int:
     given = os.environ.get
     parser.add_argument("parts", nargs="*", default=given("WHAT", "").split() or list(PARTS), metavar="PART",
                         help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--kills", default=given("KILLS") or "20", metavar="N", help="how many kills in all (default 20)")
+    parser.add_argument("--kills", default=given("KILLS") or "8", metavar="N",
+                        help=f"how many kills in all (default 8); from {FEW_KILLS} on cells are longer")
     parser.add_argument("--seed", default=given("SEED") or "1", metavar="N", help="draws moments, victims and bits (default 1)")
     parser.add_argument("--study", type=int, metavar="N", help="kill only study N of a seed, once more")
     parser.add_argument("--case", default="", metavar="TEXT", help="only the cases whose name holds TEXT")
-    parser.add_argument("--side-by-side", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-                        help="cases at a time (default: one a core)")
+    parser.add_argument("--side-by-side", type=int, default=len(os.sched_getaffinity(0)) + 1, metavar="N",
+                        help="cases at a time (default: one more than cores, since they often wait)")
     parser.add_argument("--keep", action="store_true", help="keep the temporary folder in any case")
     args = parser.parse_args()
     if unknown := [part for part in args.parts if part not in PARTS]:
         raise UserError(f"there is no torture '{unknown[0]}'.", f"make torture WHAT='{' '.join(PARTS)}', or some of them.")
-    if not (args.kills.isdecimal() and args.seed.isdecimal() and args.kills.isascii() and args.seed.isascii()):
+    if None in (whole(args.kills), whole(args.seed)):
         raise UserError(f"KILLS={args.kills} or SEED={args.seed} is no whole number.", "make torture KILLS=200 SEED=1.")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     root = Path(tempfile.mkdtemp(prefix="kablate-torture-"))
-    arena, held = Arena(root / "arena"), False
-    torture = Torture(arena, int(args.seed), int(args.kills), args.study)
+    number = int(args.kills)
+    arena, held = Arena(root / "arena", iterations=ITERATIONS if number >= FEW_KILLS else FEW_ITERATIONS), False
+    torture = Torture(arena, int(args.seed), number, args.study)
     try:
         torture.run(args.parts, max(1, args.side_by_side), args.case)
         held = torture.report()

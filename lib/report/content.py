@@ -167,7 +167,7 @@ def _evaluations(folder: Path) -> list[dict]:
                         row = json.loads(line)
                         if all(isinstance(row[key], int | float) for key in ("val_loss", "tokens", "train_seconds")):
                             found.append(row)
-                    except (ValueError, KeyError, TypeError):
+                    except (ValueError, KeyError, TypeError, RecursionError):
                         continue
     except (OSError, UnicodeDecodeError):
         pass  # curves are an extra: the numbers of the report are in metrics.json

@@ -1,12 +1,19 @@
 """The report as Markdown: what the terminal shows and report.md holds. Verdicts first, then what they rest on."""
 
+import re
+
+from lib.errors import one_line
 from lib.report import caches, compression
 from lib.tables import count, duration, plural, size, table
 from lib.verdicts import signed
 
+MARKUP = re.compile(r"<(?=[A-Za-z/!?])|(?<=\])[(\[:]")  # the start of a tag; the middle of a link
+
 
 def render(content: dict) -> str:
-    """The content of lib/report/content.py as Markdown."""
+    """The content of lib/report/content.py as Markdown. What a study or a record says is text in it: no tag, link or line of
+    its own for who shows it as a page, and nothing that steers a terminal."""
+    content = harmless(content)
     common = [s for s in content["steps"] if s["tuned"] is None]
     tuned = [s for s in content["steps"] if s["tuned"] is not None]
     parts = [f"# {content['title']}\n"]
@@ -21,6 +28,15 @@ def render(content: dict) -> str:
     parts += [compression.markdown(content.get("compression") or []), caches.markdown(content["steps"])]
     parts += ["## Cells\n", step_table(content["steps"]), "\n".join(f"- {line}" for line in facts(content)) + "\n"]
     return "\n".join(part for part in parts if part)
+
+
+def harmless(value):
+    """A value of JSON with every text in it as one line that is no markup."""
+    if isinstance(value, dict):
+        return {harmless(key): harmless(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [harmless(part) for part in value]
+    return MARKUP.sub(lambda found: f"&#{ord(found[0])};", one_line(value)) if isinstance(value, str) else value
 
 
 def _against(steps: list[dict]) -> str:

@@ -25,7 +25,7 @@ from scripts.torturing.watching import MARK, Files, processes, send, trained_twi
 COPIED = ("Makefile", "Kconfig", "lib", "gpt2", "scripts", "defconfigs")
 STUDY = {"MODEL_TINY": "y", "DATA_PYSTDLIB": "y", "GPT2_BLOCK_SIZE": "32", "BATCH_SIZE": "2",
          "GPT2_GRADIENT_ACCUMULATION": "1", "GPT2_EVAL_SAMPLES": "2", "GPT2_EVAL_INTERVAL": "20", "GPT2_LOG_INTERVAL": "2",
-         "GPT2_MAX_ITERS": "100", "DEVICE_CPU": "y", "CPU_THREADS": "1", "GPT2_COMPILE": "n", "CHECKPOINT_INTERVAL": "1",
+         "DEVICE_CPU": "y", "CPU_THREADS": "1", "GPT2_COMPILE": "n", "CHECKPOINT_INTERVAL": "1",
          "JOBS": "1", "STUDY": '"torture"'}
 # What studies here differ in.
 OF_THE_SETTING = ("OUTPUT_DIR", "DATA_LOCAL_DIR", "CHECKPOINT_INTERVAL", "ABLATION_STEPS", "SEEDS", "JOBS")
@@ -46,10 +46,11 @@ def steps(number: int) -> list[str]:
 
 
 class Arena:
-    """A copy of the project below `root`. `source` is copied; a test gives one with a trainer of its own."""
+    """A copy of the project below `root`, for cells of so many iterations. `source` is copied; a test gives one with a trainer
+    of its own."""
 
-    def __init__(self, root: Path, source: Path = ROOT):
-        self.root, self.tree = Path(root), Path(root) / "tree"
+    def __init__(self, root: Path, source: Path = ROOT, iterations: int = 100):
+        self.root, self.tree, self.iterations = Path(root), Path(root) / "tree", iterations
         self.tree.mkdir(parents=True)
         for name in COPIED:
             if (source / name).is_dir():
@@ -77,7 +78,9 @@ class Study:
         self.arena, self.folder, self.out = arena, folder, out or folder / "out"
         self.path = os.pathsep.join(str(p) for p in (path, arena.root / "without") if p)
         folder.mkdir(parents=True)
-        self.symbols = STUDY | {"ABLATION_STEPS": f'"{" ".join(steps(1))}"', "OUTPUT_DIR": f'"{self.out}"'} | symbols
+        own = {"GPT2_MAX_ITERS": str(arena.iterations), "ABLATION_STEPS": f'"{" ".join(steps(1))}"',
+               "OUTPUT_DIR": f'"{self.out}"'}
+        self.symbols = STUDY | own | symbols
         self.config, self.log = folder / "dot.config", folder / "make.log"
         self.config.write_text("".join(f"CONFIG_{name}={value}\n" for name, value in self.symbols.items() if value))
         self.slowest = 0.0  # seconds until the last process of an ended make was gone

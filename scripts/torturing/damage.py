@@ -157,7 +157,8 @@ class Damages:
         said += "".join(log.read_text(errors="replace") for log in study.out.glob("test_*/training.log"))
         names = {path.name for path in good}
         done = code == 0 and all(record and record["state"] == "done" for record in records.values())
-        if case.named and not any(name in said + study.make("plan")[1] + archived(study) for name in names):
+        if case.named and not any(name in text() for text in (lambda: said, lambda: archived(study),
+                                                              lambda: study.make("plan")[1]) for name in names):
             raise Failed(f"{' and '.join(sorted(names))} is damaged, and nothing says so: {last_lines(study.said())}")
         if done:
             reference.check(study.out, rows="metrics.jsonl" not in names)

@@ -5,6 +5,7 @@ its place, where a mistake would show. Everything random is drawn from (seed, nu
 tortured again with --seed and --study; what the machine does in between is not repeated.
 """
 
+import math
 import random
 import signal
 import time
@@ -136,9 +137,11 @@ class Tormentor:
 
 
 def campaign(arena: Arena, reference: Reference, kills: int, seed: int, say, only: int | None = None,
-             per_study: int = PER_STUDY) -> tuple[Tally, list[tuple[str, str]]]:
-    """Studies, each killed up to `per_study` times, until there were `kills` kills; failures as (study, what)."""
+             per_study: int | None = None) -> tuple[Tally, list[tuple[str, str]]]:
+    """Studies, each killed up to `per_study` times (default: PER_STUDY, or fewer so that there is a study for each of JOBS),
+    until there were `kills` kills; failures as (study, what)."""
     tally, failures, number = Tally(), [], only or 0
+    per_study = per_study or min(PER_STUDY, math.ceil(kills / len(JOBS)))
     begun = time.monotonic()
     while tally.total < kills or only is not None:
         number += 1 if only is None else 0
@@ -150,7 +153,7 @@ def campaign(arena: Arena, reference: Reference, kills: int, seed: int, say, onl
             say(f"study {number} is complete and equal after {tally.total} kills in all, "
                 f"{time.monotonic() - begun:.0f} s")
         except Failed as error:
-            failures.append((f"study {number}, -j{jobs}", f"{error} (again: --seed {seed} --study {number})"))
+            failures.append((f"study {number}, -j{jobs}", f"{error} (again: --seed {seed} --kills {kills} --study {number})"))
             say(f"study {number} FAILED: {error}")
         finally:
             study.kill_all()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -10,30 +11,38 @@ import torch
 
 from gpt2.model import GPT
 from gpt2.train_ra_mla import run_cell
-from lib import checkpoint, loop, results
+from lib import checkpoint, loop, process, results
 from lib.cells import Cell
 from lib.config import Study
 from lib.kconfig import Assignment
 from lib.launch import prepare
 from tests.harness import ROOT
+from tests.lib.test_launch import wait_for
 
 SHORT = {"GPT2_MAX_ITERS": "8", "GPT2_BLOCK_SIZE": "32", "BATCH_SIZE": "2", "GPT2_EVAL_SAMPLES": "2", "GPT2_LOG_INTERVAL": "4"}
-OUT_OF_MEMORY = """import runpy, sys
+INJECTED = """import runpy, sys, time
 sys.path.insert(0, {root!r})
 import torch
 from gpt2.model import GPT
 forward, calls = GPT.forward, []
 
-def full(self, *args, **kwargs):
+def at_its_third_call(self, *args, **kwargs):
     calls.append(None)
     if len(calls) == 3:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        {fault}
     return forward(self, *args, **kwargs)
 
-GPT.forward = full
+GPT.forward = at_its_third_call
 sys.argv = [{trainer!r}, *sys.argv[1:]]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+def trainer(tmp_path, fault: str) -> str:
+    """The path of the trainer with a fault injected."""
+    text = INJECTED.format(root=str(ROOT), trainer=str(ROOT / "gpt2/train_ra_mla.py"), fault=fault)
+    (tmp_path / "trainer.py").write_text(text)
+    return str(tmp_path / "trainer.py")
 
 
 def resolved(**symbols):
@@ -44,9 +53,9 @@ def resolved(**symbols):
 def test_a_cell_that_runs_out_of_memory_says_so_with_its_peak_and_batch(tmp_path):
     """Under the launcher, as make runs it; the batch is what was configured, before and after."""
     one = resolved()
-    (tmp_path / "trainer.py").write_text(OUT_OF_MEMORY.format(root=str(ROOT), trainer=str(ROOT / "gpt2/train_ra_mla.py")))
+    full = 'raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")'
     (tmp_path / "plan.json").write_text(json.dumps({
-        "step": "V0", "optimizer": "adamwspam", "study": "s", "trainer": str(tmp_path / "trainer.py"), "config": one.text,
+        "step": "V0", "optimizer": "adamwspam", "study": "s", "trainer": trainer(tmp_path, full), "config": one.text,
         "identity": one.identity, "symbols": {}, "limits": {"CELL_TIMEOUT": 300, "STOP_SECONDS": 60}}))
     done = subprocess.run([sys.executable, "-m", "scripts.cell", str(tmp_path / "cell"), "--plan", str(tmp_path / "plan.json"),
                            "--seed", "7"], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -59,6 +68,25 @@ def test_a_cell_that_runs_out_of_memory_says_so_with_its_peak_and_batch(tmp_path
     assert (record["configuration"]["BATCH_SIZE"], one.config.BATCH_SIZE) == (2, 2)
     assert "CONFIG_BATCH_SIZE=2\n" in (tmp_path / "cell/.config").read_text()
     assert "Traceback" in (tmp_path / "cell/training.log").read_text()
+
+
+def test_a_cell_that_hangs_says_where_when_its_launcher_asks(tmp_path):
+    """And goes on: the signal alone ends nothing."""
+    log, hangs = tmp_path / "training.log", f"open({str(tmp_path / 'hangs')!r}, 'w'); time.sleep(60)"
+    prepare(tmp_path / "cell", Cell("V0", "adamwspam", 7, "cell", resolved(GPT2_COMPILE="n")))
+    with open(log, "w") as file:
+        child = subprocess.Popen([sys.executable, trainer(tmp_path, hangs), "--cell", str(tmp_path / "cell")], stdout=file,
+                                 stderr=file, env=os.environ | {process.LAUNCHER_VARIABLE: str(os.getpid())})
+    try:
+        wait_for(lambda: (tmp_path / "hangs").exists(), 100)
+        child.send_signal(process.STACKS_SIGNAL)
+        wait_for(lambda: " in <module>\n" in log.read_text())
+        assert child.poll() is None
+    finally:
+        child.kill()
+        child.wait()
+    said = log.read_text()
+    assert "in at_its_third_call\n" in said and 'loop.py", line' in said and "in run_cell\n" in said
 
 
 @pytest.fixture

@@ -284,3 +284,10 @@ def test_a_study_without_it_is_not_touched(study):
     study(auto=False)
     plan = Plan(Options())
     assert plan.micro_batch is None and plan.study.found == [] and len(expand(plan.study)) == 6
+
+
+@pytest.mark.parametrize("broken", [None, [], {}, "x", float("inf")])
+def test_an_identity_without_a_batch_size_is_that_of_another_cell(study, broken):
+    study()
+    identity = {"set": {"BATCH_SIZE": broken, "GPT2_GRADIENT_ACCUMULATION": "1"}, "default": {}}
+    assert not batch_size._same_but_for_split(Study(), identity, identity)

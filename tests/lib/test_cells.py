@@ -288,14 +288,23 @@ def test_a_checkpoint_without_readable_provenance_is_stale(tmp_path, cell, text)
     assert found == "stale" and why.startswith("provenance.json cannot be read: ")
 
 
-def test_a_cell_whose_lock_is_held_is_running(tmp_path, cell):
+def test_a_cell_whose_lock_is_held_is_running_and_one_that_nobody_claims_only_stops(tmp_path, cell):
     started(tmp_path, cell())
-    code = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]):\n    print('held', flush=True)\n    sys.stdin.read()"
+    code = ("import sys, filelock\nfrom lib import process\nwith filelock.FileLock(sys.argv[1]) as lock:\n"
+            "    handles = process.held_by_children(lock)\n    process.claim(handles)\n    print('held', flush=True)\n"
+            "    sys.stdin.readline()\n    process.claim(handles, held=False)\n    print('stops', flush=True)\n"
+            "    sys.stdin.read()")
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / cell().name / ".lock")], cwd=ROOT, text=True,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == "held\n"
-    assert state(tmp_path, cell()) == ("running", "another make runs it")
+    assert state(tmp_path, cell()) == ("running", f"another make runs it (process {holder.pid})")
     assert state(tmp_path, cell("V1", "BATCH_SIZE=9"))[0] == "running", "whatever it runs"
+    holder.stdin.write("\n")
+    holder.stdin.flush()
+    assert holder.stdout.readline() == "stops\n"
+    assert state(tmp_path, cell()) == ("interrupted", "its last process still stops")
+    found, why = state(tmp_path, cell("V1", "BATCH_SIZE=9"))
+    assert found == "running" and "still stops; its checkpoint is of another configuration" in why, "not to be archived yet"
     holder.kill()  # the kernel gives the lock back
     holder.communicate()
     assert state(tmp_path, cell())[0] == "interrupted"

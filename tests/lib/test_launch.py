@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lib import atomic, process, results
+from lib import atomic, failures, process, results
 from lib.launch import Display, run
 from tests.harness import ROOT, refusal
 from tests.lib.test_process import alive
@@ -29,8 +29,29 @@ def plan(tmp_path: Path, program: str, timeout=0, stop=60) -> list[str]:
     return [sys.executable, "-m", "scripts.cell", str(tmp_path / "cell"), "--plan", str(tmp_path / "plan.json"), "--seed", "7"]
 
 
-def launch(tmp_path, program, **limits):
-    return subprocess.run(plan(tmp_path, program, **limits), cwd=ROOT, capture_output=True, text=True, timeout=60)
+def launch(tmp_path, program, variables=(), **limits):
+    return subprocess.run(plan(tmp_path, program, **limits), cwd=ROOT, capture_output=True, text=True, timeout=60,
+                          env=os.environ | dict(variables))
+
+
+def begun(tmp_path, program, **limits) -> tuple[subprocess.Popen, int]:
+    """A launcher, and its cell once that has signed its number into `started`."""
+    program = f"{IN_TREE}\n{program}"
+    started = tmp_path / "cell/started"
+    launcher = subprocess.Popen(plan(tmp_path, program, **limits), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: started.exists() and started.read_text().endswith("\n"))
+    return launcher, int(started.read_text())
+
+
+def wait_for(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+IN_TREE = "sys.path.insert(0, os.getcwd())\nfrom lib import process"
+SIGNED = "open(folder + '/started', 'a').write(f'{os.getpid()}\\n')"  # the last line of what a cell prepares
 
 
 @pytest.mark.parametrize("program, reason", [
@@ -82,8 +103,9 @@ def test_two_launchers_never_run_one_cell_twice(tmp_path):
     assert "another make is running it" in second.stdout and (tmp_path / "cell/ran").read_text() == "x"
 
 
-@pytest.mark.parametrize("pause, ended_by", [(0.1, "grace"), (2.5, "kill")])
-def test_one_stop_that_arrives_twice_is_one_and_a_later_one_kills(tmp_path, pause, ended_by):
+@pytest.mark.parametrize("number, pause, ended_by", [
+    (signal.SIGTERM, 0.1, "grace"), (signal.SIGTERM, 2.5, "kill"), (signal.SIGINT, 0.1, "grace"), (signal.SIGINT, 0.8, "kill")])
+def test_one_stop_that_arrives_twice_is_one_and_a_later_one_kills(tmp_path, number, pause, ended_by):
     """A cell that takes 4 s to save after SIGTERM; helpers of its group are not signalled before it is done."""
     program = ("import subprocess\nhelper = subprocess.Popen(['sleep', '60'])\nasked = []\n"
                "signal.signal(signal.SIGTERM, lambda *_: asked.append(1))\nopen(folder + '/up', 'w')\n"
@@ -92,11 +114,11 @@ def test_one_stop_that_arrives_twice_is_one_and_a_later_one_kills(tmp_path, paus
     launcher = subprocess.Popen(plan(tmp_path, program), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "cell/up").exists():
         time.sleep(0.05)
-    launcher.send_signal(signal.SIGTERM)
+    launcher.send_signal(number)
     time.sleep(pause)
-    launcher.send_signal(signal.SIGTERM)
+    launcher.send_signal(number)
     launcher.communicate(timeout=30)
-    assert launcher.returncode == 128 + signal.SIGTERM
+    assert launcher.returncode == 128 + number
     saved = tmp_path / "cell/saved"
     assert saved.exists() == (ended_by == "grace")
     assert not saved.exists() or saved.read_text() == "None"
@@ -124,6 +146,28 @@ def test_a_cell_that_shows_no_progress_is_told_killed_with_its_helpers_and_has_f
     assert record["state"] == "failed" and record["reason"] == "timeout: no progress for 2 s, after iteration 12"
     assert (tmp_path / "cell/told").exists(), "it was asked first"
     assert not alive(int((tmp_path / "cell/helper").read_text()))
+
+
+STUCK = """import threading
+def waits_for_ever():
+    threading.Lock().acquire() and threading.Event().wait()
+def holds_python_itself():
+    import ctypes
+    ctypes.PyDLL(None).sleep(60)
+process.die_with_launcher()
+threading.Thread(target=waits_for_ever, daemon=True).start()
+time.sleep(0.5)
+holds_python_itself()"""
+
+
+def test_the_log_of_a_hanging_cell_says_where_each_of_its_threads_was(tmp_path):
+    """Also of one that is stuck in a call that lets no other thread of Python run."""
+    done = launch(tmp_path, f"{IN_TREE}\n{STUCK}", timeout=2, stop=1)
+    log = (tmp_path / "cell/training.log").read_text()
+    assert log.startswith("no progress for 2 s: where each thread is\n")
+    assert "in waits_for_ever\n" in log and "in holds_python_itself\n" in log and 'trainer.py", line' in log
+    assert results.read(tmp_path / "cell")["reason"] == "timeout: no progress for 2 s" and "training.log" in done.stdout
+    assert "training.log says where it hung" in failures.advice("failed", "timeout: no progress for 2 s", False)
 
 
 def test_a_hanging_cell_that_stops_when_told_is_not_killed(tmp_path):
@@ -190,6 +234,36 @@ def test_the_display_reads_whole_rows_and_tells_the_time_left(tmp_path, capsys):
     assert display.offset == 0
 
 
+@pytest.mark.parametrize("damage", [
+    b"[" * 100_000, b"\xff\xfe{", b"[1]", b"7", b'{"progress": "half", "iteration": null}', b"{"])
+def test_the_display_passes_over_rows_that_are_damaged(tmp_path, damage):
+    display = Display(tmp_path, "1/1  V1 seed 7", "1/1")
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"progress": 0.25}\n' + damage + b'\n{"val_loss": 2.5, "iteration": 9}\n')
+    display._read()
+    assert display._text() == "1/1  V1 seed 7:  25 %  val 2.500" and display.where() == ", after iteration 9"
+
+
+GOOD_PLAN = {"step": "V1", "optimizer": "adamw", "study": "s", "trainer": "t.py", "config": "", "identity": {}, "symbols": {},
+             "limits": {"CELL_TIMEOUT": 0, "STOP_SECONDS": 1}}
+
+
+@pytest.mark.parametrize("text", [
+    "[" * 100_000, "", "null", "[]", "9" * 5000, *(json.dumps(GOOD_PLAN | part) for part in (
+        {"step": 1}, {"config": None}, {"symbols": []}, {"limits": {}}, {"limits": {"CELL_TIMEOUT": "0", "STOP_SECONDS": 1}}))])
+def test_a_plan_that_is_damaged_is_refused_before_anything_is_touched(tmp_path, text):
+    (tmp_path / "plan.json").write_text(text)
+    what, again = refusal(run, tmp_path / "cell", tmp_path / "plan.json", 7, "1/1", None)
+    assert what.startswith(f"{tmp_path}/plan.json is not what a plan has written (") and again.startswith("make again")
+    assert not (tmp_path / "cell").exists()
+
+
+@pytest.mark.parametrize("text", ["x", "-1", "1.5", "9" * 5000, "1;id", "\u0661"])
+def test_the_number_of_make_in_the_environment_is_a_number(tmp_path, text):
+    done = launch(tmp_path, "sys.exit(3)", variables={process.MAKE_VARIABLE: text})
+    assert done.returncode == 2 and done.stderr.count("\n") == 2 and "Traceback" not in done.stderr
+    assert "KABLATE_MAKE_PID=" in done.stderr and not (tmp_path / "cell").exists()
+
+
 def test_cells_side_by_side_draw_no_live_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setitem(os.environ, "MAKEFLAGS", " -j2 --jobserver-auth=3,4")
@@ -197,24 +271,89 @@ def test_cells_side_by_side_draw_no_live_line(tmp_path, monkeypatch):
 
 
 def test_a_cell_that_outlives_its_launcher_is_not_started_a_second_time(tmp_path):
-    """kill -9 of the launcher while the cell still saves: it keeps the cell's lock, and another make waits its turn."""
-    program = "open(os.path.join(folder, 'started'), 'a').write(f'{os.getpid()}\\n')\ntime.sleep(60)"
-    started = tmp_path / "cell/started"
-    launcher = subprocess.Popen(plan(tmp_path, program), cwd=ROOT, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 30
-    while not started.exists() or not started.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    """kill -9 of the launcher of a cell that does not stop: it keeps the cell's lock."""
+    program = f"{SIGNED}\ntime.sleep(60)"
+    launcher, cell = begun(tmp_path, program, stop=1)
     launcher.kill()
     launcher.wait()
-    cell = int(started.read_text())
     try:
-        done = launch(tmp_path, program)
-        assert done.returncode == 0 and "another make is running it" in done.stdout
-        assert started.read_text() == f"{cell}\n" and alive(cell)
+        done = launch(tmp_path, program, stop=1)
+        assert done.returncode == 0 and "its last process has not stopped" in done.stdout
+        assert (tmp_path / "cell/started").read_text() == f"{cell}\n" and alive(cell)
     finally:
         os.kill(cell, signal.SIGKILL)
-    while alive(cell):
-        time.sleep(0.01)
+    wait_for(lambda: not alive(cell))
     done = launch(tmp_path, "sys.exit(75)")
     assert "interrupted after" in done.stdout, "its lock ended with it"
+
+
+SAVES = f"""def saves(*_):
+    time.sleep(4)
+    open(folder + '/saved', 'w')
+    sys.exit(75)
+signal.signal(signal.SIGTERM, saves)
+process.die_with_launcher()
+{SIGNED}
+time.sleep(60)"""
+
+
+def test_a_cell_that_still_saves_is_waited_for_and_then_goes_on(tmp_path):
+    """kill -9 of the launcher, and another make at once, which would be back before the cell has saved."""
+    launcher, _ = begun(tmp_path, SAVES)
+    launcher.kill()
+    launcher.wait()
+    done = launch(tmp_path, "assert os.path.exists(folder + '/saved')\nsys.exit(75)")
+    assert "its last process still stops, which may take 1 min" in done.stdout and "interrupted after" in done.stdout
+
+
+def test_who_waits_for_a_cell_does_not_run_one_that_has_failed_meanwhile(tmp_path):
+    """Its launcher was asked to stop and lives still, to write down how the cell ends."""
+    launcher, cell = begun(tmp_path, SAVES.replace("sys.exit(75)", "sys.exit(3)"))
+    launcher.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    done = launch(tmp_path, f"{SIGNED}\nsys.exit(75)")
+    assert "still stops" in done.stdout and "another make has finished it meanwhile" in done.stdout
+    launcher.communicate(timeout=30)
+    assert results.read(tmp_path / "cell")["state"] == "failed" and (tmp_path / "cell/started").read_text() == f"{cell}\n"
+
+
+def test_who_waits_for_a_cell_ends_with_its_make(tmp_path):
+    launcher, cell = begun(tmp_path, f"{SIGNED}\ntime.sleep(60)")
+    launcher.kill()
+    launcher.wait()
+    make = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3)"])
+    try:
+        before = time.monotonic()
+        done = launch(tmp_path, "sys.exit(75)", variables={process.MAKE_VARIABLE: str(make.pid)})
+        assert "has not stopped" in done.stdout and time.monotonic() - before < 20
+    finally:
+        make.wait()
+        os.kill(cell, signal.SIGKILL)
+
+
+def test_a_cell_that_hangs_is_killed_with_its_group_also_where_its_launcher_was_killed(tmp_path):
+    program = ("import subprocess\nhelper = subprocess.Popen(['sleep', '60'])\n"
+               "open(folder + '/helper', 'w').write(str(helper.pid))\n"
+               f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprocess.die_with_launcher()\n{SIGNED}\ntime.sleep(60)")
+    launcher, cell = begun(tmp_path, program, stop=2)
+    launcher.kill()
+    launcher.wait()
+    time.sleep(1)
+    assert alive(cell), "it has STOP_SECONDS"
+    wait_for(lambda: not alive(cell) and not alive(int((tmp_path / "cell/helper").read_text())), 10)
+
+
+def test_a_launcher_that_breaks_takes_its_cell_with_it(tmp_path, monkeypatch):
+    def update(display):
+        if (tmp_path / "cell/started").exists():
+            raise BrokenPipeError
+    plan(tmp_path, f"{IN_TREE}\n{SAVES}".replace("time.sleep(4)", "time.sleep(1)"))
+    monkeypatch.setattr(Display, "update", update)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with pytest.raises(BrokenPipeError):
+            run(tmp_path / "cell", tmp_path / "plan.json", 7, "1/1", None)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert (tmp_path / "cell/saved").exists() and not alive(int((tmp_path / "cell/started").read_text()))

@@ -10,7 +10,7 @@ import pytest
 
 from lib import process
 from lib.process import Watch
-from tests.harness import ROOT
+from tests.harness import ROOT, refusal
 
 # A cell: says when it is ready, and on SIGTERM that it was told to stop.
 CELL = """
@@ -127,6 +127,37 @@ def test_without_a_launcher_there_is_nobody_to_show_life_to(monkeypatch):
     monkeypatch.setattr(process, "_shown_at", 0.0)
     monkeypatch.setattr(process, "_life", None)
     process.show_life()
+
+
+@pytest.mark.parametrize("variable, call", [
+    (process.LAUNCHER_VARIABLE, process.die_with_launcher), (process.STOP_VARIABLE, process.die_with_launcher),
+    (process.LIFE_VARIABLE, process.show_life)])
+def test_what_a_launcher_says_in_the_environment_is_a_number(monkeypatch, variable, call):
+    monkeypatch.setattr(process, "_shown_at", 0.0)
+    monkeypatch.setenv(variable, "3.5")
+    assert refusal(call) == (f"{variable}=3.5 is no number.", f"unset {variable}, which make sets where it is needed.")
+
+
+def test_a_lock_is_claimed_by_its_holder_and_not_by_what_it_starts(tmp_path):
+    lock = tmp_path / ".lock"
+    lock.touch()
+    code = ("import os, subprocess, sys\nfrom lib import process\nhandle = os.open(sys.argv[1], os.O_RDWR)\n"
+            "process.claim([handle])\nsubprocess.Popen(['sleep', '60'], pass_fds=[handle])\nprint('held', flush=True)\n"
+            "sys.stdin.readline()\nprocess.claim([handle], held=False)\nprint('not', flush=True)\nsys.stdin.readline()\n"
+            "process.claim([handle])\nprint('again', flush=True)\nsys.stdin.readline()\n")
+    holder = subprocess.Popen([sys.executable, "-c", code, str(lock)], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        for said, claimed in (("held", True), ("not", False), ("again", True)):
+            assert holder.stdout.readline() == f"{said}\n"
+            assert process.claimed_by(lock) == (holder.pid if claimed else None)
+            holder.stdin.write("\n")
+            holder.stdin.flush()
+        holder.wait(30)
+        assert process.claimed_by(lock) is None, "though its child has the file open still"
+    finally:
+        os.killpg(holder.pid, signal.SIGKILL)
+    assert process.claimed_by(tmp_path / "none") == 0, "nobody can say"
 
 
 def test_the_kernels_count_of_kills_for_want_of_memory(monkeypatch, tmp_path):

@@ -37,6 +37,12 @@ def test_a_finished_record_reads_back(tmp_path):
     assert results.read(tmp_path) == record and record["val_loss"] == 3.0 and record["reason"] is None
 
 
+def test_a_number_that_no_reader_would_take_is_missing(tmp_path):
+    """exp(300) is a float, and no reader calculates with it: a whole cell must not be unreadable for it."""
+    record = written(tmp_path, "done", **MEASURED | {"val_loss": 300.0, "val_perplexity": math.exp(300)})
+    assert results.read(tmp_path) == record and record["val_loss"] == 300.0 and record["val_perplexity"] is None
+
+
 def test_why_a_mechanism_never_acted_is_part_of_a_finished_record(tmp_path):
     record = written(tmp_path, "done", inactive="h.0.attn: the coupling stayed at 0", **MEASURED)
     assert record["inactive"] == results.read(tmp_path)["inactive"] == "h.0.attn: the coupling stayed at 0"

@@ -75,6 +75,30 @@ def test_a_study_that_makes_no_mistake_survives_its_kills(tmp_path):
     assert not any(processes(study.folder) for study in place.studies)
 
 
+def test_few_kills_still_meet_every_number_of_jobs(good, monkeypatch):
+    met = []
+
+    class Stub:
+        def __init__(self, study, reference, jobs, number, draw, tally, say):
+            met.append((jobs, number))
+            tally.kills["SIGKILL", "cell"] += number
+
+        def run(self):
+            pass
+
+    monkeypatch.setattr(kills, "Tormentor", Stub)
+    monkeypatch.setattr(good[0], "study", lambda name, **_: type("", (), {"kill_all": lambda self: None})())
+    for wanted in (3, 25):
+        kills.campaign(good[0], None, wanted, 1, lambda _: None)
+    assert met == [(1, 2), (2, 1), (1, 10), (2, 10), (1, 5)]
+
+
+def test_cells_have_the_iterations_that_their_size_of_torture_asks_for(tmp_path):
+    place = Arena(tmp_path / "short", made(tmp_path).tree, iterations=7)
+    assert place.study("a").symbols["GPT2_MAX_ITERS"] == "7" and place.study("b", GPT2_MAX_ITERS="9").config.read_text().count(
+        "CONFIG_GPT2_MAX_ITERS=9") == 1
+
+
 def test_a_process_that_outlives_its_make_is_found_and_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(arena.Study.settle, "__defaults__", (1.0,))
     place = made(tmp_path, before="subprocess.Popen(['sleep', '300'], start_new_session=True)")
@@ -280,7 +304,8 @@ def test_the_table_says_what_did_not_hold(good, capsys):
 
 @pytest.mark.parametrize("words, what", [
     (["fire"], "there is no torture 'fire'."), (["kills", "--kills", "many"], "KILLS=many or SEED=1 is no whole number."),
-    (["kills", "--seed", "-1"], "KILLS=20 or SEED=-1 is no whole number."),
+    (["kills", "--seed", "-1"], "KILLS=8 or SEED=-1 is no whole number."),
+    (["kills", "--seed", "1" * 11], f"KILLS=8 or SEED={'1' * 11} is no whole number."),
 ])
 def test_bad_options_are_refused(words, what, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["torture", *words])
