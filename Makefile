@@ -75,7 +75,8 @@ endif
 
 # make V3 runs V3; make plan V3 and make check V3 only look at it.
 .PHONY: $(STEP_GOALS)
-$(STEP_GOALS): $(if $(filter plan check report cells tune-lr bench-steps bench-train bench-attention bench-decode sample,$(MAKECMDGOALS)),,run)
+$(STEP_GOALS): $(if $(filter plan check report cells tune-lr bench-steps bench-train bench-attention bench-decode \
+  compile-matrix sample,$(MAKECMDGOALS)),,run)
 	@:
 
 .PHONY: plan
@@ -194,6 +195,10 @@ bench-attention: $(SETUP) ## the attention module alone, eager and compiled, bes
 .PHONY: bench-decode
 bench-decode: $(SETUP) ## time to first token, decoding speed and memory of every kind of cache (FILE=name.json keeps them)
 	$(Q)$(PYTHON) -m scripts.bench_decode $(STEPS)
+
+.PHONY: compile-matrix
+compile-matrix: $(SETUP) ## prove that torch.compile makes whole programs of every step, in all phases (FILE=name.json)
+	$(Q)$(PYTHON) -m scripts.compile_matrix $(STEPS)
 
 .PHONY: bench-stats
 bench-stats: $(SETUP) ## simulate the statistics: coverage, false wins of a study and of UNTIL=decided, seeds it saves

@@ -49,7 +49,11 @@ class Block(nn.Module):
         attended = self.attn(self.ln_1(x), cache, context) if self.attn.on else None
         if attended is not None:
             x = x + attended
-        return x + self.mlp(self.ln_2(x), attended) if self.mlp is not None and self.mlp.on else x
+        if self.mlp is not None and self.mlp.on:
+            return x + self.mlp(self.ln_2(x), attended)
+        # Never x itself: a compiler passes over a function without an operation, and from then on over every block, for they
+        # are one function.
+        return x.view_as(x) if attended is None else x
 
     def new_cache(self, batch_size: int, capacity: int, dtype, device):
         """The cache of this layer; see gpt2/kv_cache.py."""

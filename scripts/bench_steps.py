@@ -36,8 +36,6 @@ from lib.tables import table, table_head, table_row
 from scripts import benching
 
 FORMAT = 1
-# What changes neither the program nor its sizes.
-SAME_PROGRAM = ("LEARNING_RATE", "LEARNING_RATE_MULT", "GPT2_MIN_LR", "STREAMS")
 HEADER = ["step", "ms a step", "time", "min .. max", "memory, MiB", "memory", "note"]
 RIGHT = "lrrrrrl"
 
@@ -137,7 +135,7 @@ def bench(study: Study, steps: list[str], batch: int | None, compiled: str | Non
         except UserError as error:
             row |= EMPTY | {"error": error.what}
         else:
-            program = tuple((k, v) for k, v in own.as_json().items() if k not in SAME_PROGRAM)
+            program = tuple((k, v) for k, v in own.as_json().items() if k not in benching.SAME_PROGRAM)
             if program in known:
                 row |= known[program] | {"as": known[program]["step"], "step": step}
             else:
