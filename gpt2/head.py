@@ -7,12 +7,16 @@ gradient of a part is made while its logits are there, in the forward pass, so n
     loss = 1 / n sum_i (log sum_v exp(x_i . w_v) - x_i . w_{target_i})            n targets that are not IGNORED
     d loss / d x_i = 1 / n (p_i - e_{target_i}) W,    d loss / d W = 1 / n sum_i (p_i - e_{target_i}) x_i^T
 
-Products are taken in the type of x and W (bfloat16 under autocast), softmax and sums over chunks in float32 at least. The
-backward pass only scales what is there. Nothing is approximated: one chunk, and many, give the plain loss to rounding.
+Products are taken in the type of x and W (bfloat16 under autocast), softmax and sums over chunks in float32 at least, and the
+gradient of W leaves that sum in the type of W. The backward pass only scales what is there. Nothing is approximated: one chunk,
+and many, give the plain loss to rounding.
 """
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from gpt2.layers import autocast_dtype, full_precision
 
 IGNORED = -1  # a target that does not count
 
@@ -22,12 +26,11 @@ def linear_cross_entropy(x, weight, targets, chunks: int):
 
     Autocast applies as to a linear layer. Rows are dealt to `chunks` parts of nearly equal size.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
+    dtype = autocast_dtype(x.device) or weight.dtype
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(x, weight, targets, chunks)
-    with torch.autocast(device, enabled=False):
+        return _LinearCrossEntropy.apply(x, weight, targets, chunks, dtype)
+    with full_precision(x):
+        x, weight = x.to(dtype), weight.to(dtype)
         total = sum(_losses(x_part @ weight.T, target).sum() for x_part, target in _parts(x, targets, chunks))
         return total / (targets != IGNORED).sum()
 
@@ -42,31 +45,58 @@ def _losses(logits, targets):
                            reduction="none")
 
 
+@torch.library.custom_op("kablate::softmax_gradient_", mutates_args={"logits"})
+def softmax_gradient_(logits: Tensor, targets: Tensor, share: Tensor) -> Tensor:
+    """Losses [N] of logits [N, V] and targets [N], in the type of `share`, float32 at least, of shape (); 0 where the target is
+    ignored. The logits are overwritten with their gradient: that of the sum of the losses, times `share`."""
+    return _by_operations(logits, targets, share)
+
+
+def _by_operations(logits, targets, share):
+    exact = logits.to(share.dtype)
+    counts, at = targets != IGNORED, targets.clamp(min=0)[:, None]
+    level = exact.logsumexp(-1, keepdim=True)
+    losses = torch.where(counts, (level - exact.gather(-1, at))[:, 0], 0)
+    weights = (share * counts)[:, None]
+    logits.copy_((exact - level).exp_().mul_(weights).scatter_add_(-1, at, -weights))
+    return losses
+
+
+@softmax_gradient_.register_kernel("cuda")
+def _(logits, targets, share):
+    if share.dtype != torch.float32:
+        return _by_operations(logits, targets, share)
+    from gpt2 import softmax_kernel  # Triton comes with the builds of torch that know a GPU
+    return softmax_kernel.softmax_gradient_(logits, targets, share, IGNORED)
+
+
+@softmax_gradient_.register_fake
+def _(logits, targets, share):
+    return share.new_empty(logits.size(0))
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """`linear_cross_entropy` whose forward pass makes the gradients of x and weight too."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunks: int):
-        exact = torch.promote_types(x.dtype, torch.float32)
-        vocabulary = torch.arange(weight.size(0), device=x.device)
-        with torch.autocast(x.device.type, enabled=False):
+    def forward(ctx, x, weight, targets, chunks: int, dtype):
+        """Products in `dtype`."""
+        exact = torch.promote_types(dtype, torch.float32)
+        ctx.types = x.dtype, weight.dtype
+        with full_precision(x):
+            x, weight = x.to(dtype), weight.to(dtype)
             share = 1 / (targets != IGNORED).sum().to(exact)
             total, grad_weight, grads = torch.zeros((), dtype=exact, device=x.device), None, []
             for part, target in _parts(x, targets, chunks):
-                logits = (part @ weight.T).to(exact)
-                counts = target != IGNORED
-                level = logits.logsumexp(-1)
-                at = logits.gather(-1, target.clamp(min=0)[:, None])[:, 0]
-                total = total + torch.where(counts, level - at, 0).sum()
-                p = (logits - level[:, None]).exp() - (vocabulary == target[:, None]).to(exact)
-                p = (p * (share * counts)[:, None]).to(x.dtype)
-                grads.append(p @ weight)
-                product = p.T @ part
+                logits = part @ weight.T
+                total = total + softmax_gradient_(logits, target, share).sum()  # from here on logits are their gradient
+                grads.append(logits @ weight)
+                product = logits.T @ part
                 grad_weight = product.to(exact) if grad_weight is None else grad_weight + product
-            ctx.save_for_backward(torch.cat(grads), grad_weight.to(weight.dtype))
+            ctx.save_for_backward(torch.cat(grads), grad_weight)
             return total * share
 
     @staticmethod
     def backward(ctx, grad):
-        grad_x, grad_weight = ctx.saved_tensors
-        return (grad_x * grad).to(grad_x.dtype), (grad_weight * grad).to(grad_weight.dtype), None, None
+        scaled = ((kept * grad).to(dtype) for kept, dtype in zip(ctx.saved_tensors, ctx.types, strict=True))
+        return *scaled, None, None, None

@@ -6,6 +6,7 @@ is the baseline's with rows left out (`rows` of a Linear) starts from the baseli
 nothing. Biases start at 0, norms at 1, and a mechanism's own constants (gates, mixers) are set by its constructor.
 """
 
+import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -43,6 +44,18 @@ def linear(x, weight, bias=None):
     if bias is not None and x.numel() == x.size(-1) and torch.compiler.is_compiling():
         return F.linear(x, weight) + bias
     return F.linear(x, weight, bias)
+
+
+def autocast_dtype(device) -> torch.dtype | None:
+    """The type in which autocast takes products on this device; None without it."""
+    known = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if known else None
+
+
+def full_precision(x):
+    """A context without autocast for what is done to x."""
+    known = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if known else contextlib.nullcontext()
 
 
 class Embedding(nn.Embedding):

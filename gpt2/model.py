@@ -18,7 +18,7 @@ from torch import nn
 from gpt2.block import Context
 from gpt2.head import IGNORED, linear_cross_entropy
 from gpt2.kv_cache import KVCache
-from gpt2.layers import Embedding, init_weights
+from gpt2.layers import Embedding, autocast_dtype, init_weights
 from gpt2.recompute import allow_in_programs, recomputed
 from gpt2.rules import hidden_width
 from lib.streams import cell_seed
@@ -41,6 +41,7 @@ class GPT(nn.Module):
         super().__init__()
         self.block_size, self.vocab_size = cfg.GPT2_BLOCK_SIZE, cfg.VOCAB_SIZE
         self.loss_chunks = cfg.LOSS_CHUNKS
+        self.residual_bf16 = cfg.RESIDUAL_BF16
         self.recompute = cfg.GPT2_RECOMPUTE
         if self.recompute:
             allow_in_programs()
@@ -77,6 +78,8 @@ class GPT(nn.Module):
             raise ValueError(f"{past + T} tokens do not fit into a context of {self.block_size}")
         position = torch.arange(past, past + T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(position))
+        if self.residual_bf16 and (dtype := autocast_dtype(x.device)):
+            x = x.to(dtype)
         context = Context(x)
         recompute = self.recompute and self.training and not cache and torch.is_grad_enabled()
         for number, block in enumerate(self.transformer.h):

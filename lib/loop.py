@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib import finite, generations, process, runtime
+from lib import finite, generations, gradients, process, runtime
 from lib.config import identity_changes
 from lib.data import EvalSet, draw_size, train_batch, unigram_entropy
 from lib.errors import UserError
@@ -123,10 +123,11 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
         clock.switch("compile")
         warm_up(cfg, model, optimizer, eval_set, device)
         runtime.reset_peak_memory(device)
-        clock.switch("other")
+    mechanisms = Mechanisms(model)
+    gradient = gradients.of(cfg, model, mechanisms, device) if training else None
+    clock.switch("other")
     progress.eval_hash, progress.unigram_entropy = eval_set.hash, unigram_entropy(corpus.train, eval_set)
     log = open_log(progress.rows)
-    mechanisms = Mechanisms(model)
     guard = finite.Guard(optimizer, device, progress.iteration, progress.last_loss, progress.last_norm)
 
     def require_finite(weights=False):
@@ -191,9 +192,10 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
             clock.switch("compile")
             progress.peak_memory_bytes = max(progress.peak_memory_bytes, runtime.peak_memory_bytes(device))
             torch.compiler.reset()  # one program at a time, so that no number of changes meets the compiler's limit
+            gradient = None  # its memory
             warm_up(cfg, model, optimizer, eval_set, device)
             runtime.reset_peak_memory(device)
-            model.train()
+            gradient = gradients.of(cfg, model, mechanisms, device)
             clock.switch("train")
         rate = learning_rate(cfg, progress.iteration, share)
         for group in optimizer.param_groups:
@@ -204,16 +206,9 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
         for micro in range(cfg.GPT2_GRADIENT_ACCUMULATION):
             batch = train_batch(corpus.train, seed, progress.iteration, micro, cfg.BATCH_SIZE, cfg.GPT2_BLOCK_SIZE,
                                 draw_size(cfg))
-            x, y = to_device(batch, device)
-            timer = ForwardTimer(device) if logging else None
-            with runtime.autocast(cfg, device):
-                _, loss = model(x, y)
-            if timer:
-                timer.stop()
-            ((loss + mechanisms.penalty()) / cfg.GPT2_GRADIENT_ACCUMULATION).backward()
-            step_loss += loss.detach().double() / cfg.GPT2_GRADIENT_ACCUMULATION
+            step_loss += gradient(*to_device(batch, device), micro).double() / cfg.GPT2_GRADIENT_ACCUMULATION
             process.show_life()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.GRAD_CLIP or math.inf)
+        norm = gradients.clip(model, optimizer, cfg.GRAD_CLIP)
         guard.look(progress.iteration + 1, step_loss, norm)
         optimizer.step()  # changes nothing from the first step on that is not finite
         optimizer.zero_grad(set_to_none=True)
@@ -231,7 +226,7 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
             row_iteration, row_seconds = progress.iteration, clock.read("train")
             log.row(iteration=progress.iteration, tokens=progress.iteration * per_iteration, train_seconds=row_seconds,
                     progress=budget.progress(progress.iteration, row_seconds), train_loss_step=step_loss.item(),
-                    learning_rate=rate, grad_norm=norm.item(), forward_time_ms=timer.milliseconds(),
+                    learning_rate=rate, grad_norm=norm.item(), forward_time_ms=gradient.forward_timer.milliseconds(),
                     tokens_per_second=iterations * per_iteration / seconds, steps_per_second=iterations / seconds,
                     peak_memory_bytes=runtime.peak_memory_bytes(device), **mechanisms.statistics())
             require_finite()
@@ -290,15 +285,14 @@ def warm_up(cfg, model, optimizer, eval_set, device) -> None:
     """Compile, allocate and choose kernels in a few steps whose effect is undone, off the budget."""
     before, optimizer_before = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     batch = next(iter(eval_set))
+    gradient = gradients.Gradient(cfg, model, Mechanisms(model), device)
     model.train()
     for _ in range(COMPILE_WARMUP_STEPS):
         # evaluation may be in another shape than training
         x, y = to_device([np.resize(part, (cfg.BATCH_SIZE, part.shape[1])) for part in batch], device)
-        with runtime.autocast(cfg, device):
-            _, loss = model(x, y)
+        gradient(x, y)
         process.show_life()
-        (loss + Mechanisms(model).penalty()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.GRAD_CLIP or math.inf)
+        gradients.clip(model, optimizer, cfg.GRAD_CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     evaluate(cfg, model, [batch], device)
@@ -331,24 +325,3 @@ def to_device(batch, device):
 def perplexity(loss: float | None) -> float | None:
     """exp(loss); null where the loss is missing or too large for a float."""
     return None if loss is None or not loss < 700 else math.exp(loss)
-
-
-class ForwardTimer:
-    """Times one forward pass; on a GPU with events, which are read after the row's synchronisation."""
-
-    def __init__(self, device):
-        self.cuda = device.type == "cuda"
-        self.begin = self._now()
-
-    def _now(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def stop(self) -> None:
-        self.end = self._now()
-
-    def milliseconds(self) -> float:
-        return self.begin.elapsed_time(self.end) if self.cuda else (self.end - self.begin) * 1000

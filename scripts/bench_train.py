@@ -181,8 +181,7 @@ def bench(study: Study, steps: list[str], peer: Peer | None, sizes: list[int], c
             if options.losses and not row["error"]:
                 say(f"batch {size}: {arm.name}, {options.losses} steps from {plural(len(seeds), 'start')}")
                 try:
-                    add_losses(row, [losses_of(arm, device, seed, batches(seed), options.losses, compiled, eval_set)
-                                     for seed in seeds])
+                    add_losses(row, losses_of(arm, device, seeds, batches, options.losses, compiled, eval_set))
                 except Exception as error:  # its times are known
                     row["error"] = benching.failure(error, size)
                 benching.release(device)

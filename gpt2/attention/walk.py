@@ -52,7 +52,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gpt2.attention.baseline import CausalSelfAttention, causal_mask
-from gpt2.layers import INIT_STD, residual_std
+from gpt2.layers import INIT_STD, full_precision, residual_std
 from gpt2.rules import resolve_size
 
 MIN_NEIGHBOURS = 4  # of a ratio: with one neighbour a softmax over neighbours is constant, and the graph learns nothing
@@ -107,7 +107,7 @@ class WalkAttention(CausalSelfAttention):
 
     def similarity(self, rows, columns):
         """Cosines [..., R, S] of unit vectors [..., R, D] and [..., S, D]."""
-        with torch.autocast(rows.device.type, enabled=False):
+        with full_precision(rows):
             return rows @ columns.mT
 
     def entry(self, rows, columns, allowed=None):
@@ -122,7 +122,7 @@ class WalkAttention(CausalSelfAttention):
     def directed(self, unit):
         """P [..., S, S] of the directed graph of S tokens, unit vectors [..., S, D]: row i leads to tokens before i."""
         earlier = causal_mask(unit.size(-2), 0, unit.device).tril(-1)
-        earlier[0, 0] = True
+        earlier[0, 0].fill_(True)  # on the device; an assignment would copy the value to it
         return self.entry(unit, unit, earlier)
 
     def reversible(self, unit):

@@ -13,30 +13,24 @@ from statistics import mean, median
 
 import torch
 
-from lib import runtime
+from lib import gradients, runtime
 from lib.errors import UserError
 from lib.kconfig import Assignment
 from lib.loop import COMPILE_WARMUP_STEPS
 from lib.mechanisms import Mechanisms
 
-
-def training_step(cfg, model, optimizer, mechanisms: Mechanisms, x, y):
-    """One step of lib/loop.py on one batch; the loss before it, detached and on the device."""
-    with runtime.autocast(cfg, x.device):
-        _, loss = model(x, y)
-    (loss + mechanisms.penalty()).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.GRAD_CLIP or float("inf"))
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.detach()
+# Symbols that change neither the program of a step nor its sizes.
+SAME_PROGRAM = ("LEARNING_RATE", "LEARNING_RATE_MULT", "GPT2_MIN_LR", "STREAMS")
 
 
 class Training:
-    """A model in training; a subclass says in `batch` on what. `compiled`: "whole", "blocks" (of our own model) or "no"."""
+    """A model in training; a subclass says in `batch` on what. `compiled`: "whole", "blocks" (of our own model) or "no".
+    `graphs`: replay forward and backward pass as a CUDA graph, from `capture` on."""
 
-    def __init__(self, cfg, device, model, optimizer, compiled: str):
+    def __init__(self, cfg, device, model, optimizer, compiled: str, graphs: bool = False):
         self.cfg, self.device, self.model, self.optimizer = cfg, device, model, optimizer
-        self.mechanisms = Mechanisms(model)
+        self.mechanisms, self.graphs = Mechanisms(model), graphs and device.type == "cuda"
+        self.uncapture()
         self.own_bytes = self.peak = 0
         if compiled == "whole":
             model.compile(dynamic=False)
@@ -48,7 +42,30 @@ class Training:
         raise NotImplementedError
 
     def step(self):
-        return training_step(self.cfg, self.model, self.optimizer, self.mechanisms, *self.batch())
+        """One step of lib/loop.py on the next batch; the loss before it, detached and on the device."""
+        x, y = self.batch()
+        self.shape = tuple(x.shape)
+        loss = self.gradient(x, y)
+        self.clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.clone()
+
+    def clip(self) -> None:
+        gradients.clip(self.model, self.optimizer, self.cfg.GRAD_CLIP)
+
+    def uncapture(self) -> None:
+        """Go on without a graph."""
+        self.gradient = gradients.Gradient(self.cfg, self.model, self.mechanisms, self.device)
+
+    def capture(self) -> None:
+        """After a step, go on with a graph, if there is to be one and is none. What capturing needs at most counts as a step's
+        memory."""
+        if self.graphs and isinstance(self.gradient, gradients.Gradient):
+            before = allocated(self.device)
+            self.gradient = gradients.Replayed(self.gradient, self.shape, self.device)
+            self.peak = self.own_bytes + self.gradient.peak_bytes - before
+            self.own_bytes += allocated(self.device) - before
 
     def block(self, steps: int) -> float:
         """Train for so many steps; seconds of one."""
@@ -99,6 +116,7 @@ def started(build, device) -> tuple[Training, float]:
     training = build()
     seconds = training.block(COMPILE_WARMUP_STEPS) * COMPILE_WARMUP_STEPS
     training.own_bytes = allocated(device) - before
+    training.capture()
     return training, seconds
 
 

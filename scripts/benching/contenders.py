@@ -40,13 +40,30 @@ class Trained(benching.Training):
 
     def __init__(self, arm: Arm, device, seed: int, batches: Callable, compiled: bool):
         cfg, model, optimizer, self.remark = arm.make(device, seed)
-        regions = cfg.COMPILE_REGIONS and isinstance(model, GPT)
-        super().__init__(cfg, device, model, optimizer, ("blocks" if regions else "whole") if compiled else "no")
+        self.own = isinstance(model, GPT)
+        regions = cfg.COMPILE_REGIONS and self.own
+        super().__init__(cfg, device, model, optimizer, ("blocks" if regions else "whole") if compiled else "no",
+                         graphs=cfg.CUDA_GRAPHS and self.own)
+        self.arm, self.batches, self.number = arm, batches, 0
+
+    def restart(self, seed: int, batches: Callable) -> None:
+        """Begin anew from the start under `seed`, with what is compiled."""
+        self.cfg, model, optimizer, _ = self.arm.make(self.device, seed)
+        self.model.load_state_dict(model.state_dict())
+        self.optimizer.load_state_dict(optimizer.state_dict())
         self.batches, self.number = batches, 0
+        self.uncapture()  # the start may be another program than the end
 
     def batch(self):
         self.number += 1
         return to_device(self.batches(self.number - 1), self.device)
+
+    def clip(self) -> None:
+        """A peer's way is its own: a pass over the gradients, as in nanoGPT's train.py."""
+        if self.own:
+            super().clip()
+        elif self.cfg.GRAD_CLIP:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.GRAD_CLIP)
 
 
 class Eager:
@@ -93,19 +110,33 @@ def batches_of(corpus, vocab_size: int, seed: int, batch: int, block: int) -> Ca
     return windows if corpus else random
 
 
-def losses_of(arm: Arm, device, seed: int, batches: Callable, steps: int, compiled: bool, eval_set) -> dict:
-    """What an arm has learned after so many steps from its start under `seed`."""
-    training = Trained(arm, device, seed, batches, compiled)
+def losses_of(arm: Arm, device, seeds: list[int], batches: Callable, steps: int, compiled: bool, eval_set) -> list[dict]:
+    """What an arm has learned after so many steps from its start under each of `seeds`; batches(seed) are those of a seed."""
+    training, found = None, []
+    for seed in seeds:
+        if training is None:
+            training = Trained(arm, device, seed, batches(seed), compiled)
+        else:
+            training.restart(seed, batches(seed))
+        curve = trained(training, steps)
+        found.append({"seed": seed, "train_loss": mean(curve[-max(1, steps // LAST_SHARE):]),
+                      "val_loss": evaluate(training.cfg, Eager(training.model), eval_set, device),
+                      "curve": [round(loss, 5) for loss in curve]})
+        training.model.train()
+    return found
+
+
+def trained(training: Trained, steps: int) -> list[float]:
+    """The losses of so many steps under the study's schedule."""
     found, first = [], None
     for number in range(steps):
         share = number / steps
-        training.mechanisms.advance(Moment(number, share, found[-1].double() if found else None, first))
+        if training.mechanisms.advance(Moment(number, share, found[-1].double() if found else None, first)):
+            training.uncapture()
         rate = learning_rate(training.cfg, number, share)
         for group in training.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_mult", 1.0)
         found.append(training.step())
+        training.capture()  # once a step has compiled it
         first = found[0].item() if first is None else first
-    curve = torch.stack(found).double().tolist()
-    return {"seed": seed, "train_loss": mean(curve[-max(1, steps // LAST_SHARE):]),
-            "val_loss": evaluate(training.cfg, Eager(training.model), eval_set, device),
-            "curve": [round(loss, 5) for loss in curve]}
+    return torch.stack(found).double().tolist()

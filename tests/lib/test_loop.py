@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lib import loop, optimizers, runtime, tracking
+from lib import gradients, loop, optimizers, runtime, tracking
 from lib.config import load
 from lib.data import EvalSet, draw_size, open_corpus
 from lib.streams import cell_seed, stream_seed
@@ -263,18 +263,18 @@ class Penalty(nn.Module):
 
 
 def test_penalties_are_differentiated_but_not_reported(tmp_path, monkeypatch):
-    gradients, rows = {}, {}
+    found, rows = {}, {}
     for strength in (0.0, 5.0):
-        seen = gradients[strength] = []
+        seen = found[strength] = []
         torch.manual_seed(0)
         model = listening(strength=strength)
         model.layer.append(Penalty(8, 2 * strength))
         with monkeypatch.context() as patch:
-            patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda ps, norm, real=torch.nn.utils.clip_grad_norm_, to=seen,
-                          model=model: (to.append([m.value.grad.item() for m in model.layer[1:]]), real(ps, norm))[1])
+            patch.setattr(gradients, "clip", lambda model, *rest, real=gradients.clip, to=seen: (
+                to.append([m.value.grad.item() for m in model.layer[1:]]), real(model, *rest))[1])
             _, rows[strength] = run(tmp_path / str(strength), model, GRAD_CLIP=0, GPT2_GRADIENT_ACCUMULATION=3)
-    assert gradients[0.0] == [[0.0, 0.0]] * 4
-    assert gradients[5.0] == [[pytest.approx(5.0), pytest.approx(10.0)]] * 4, "the mean over micro-batches, as the loss"
+    assert found[0.0] == [[0.0, 0.0]] * 4
+    assert found[5.0] == [[pytest.approx(5.0), pytest.approx(10.0)]] * 4, "the mean over micro-batches, as the loss"
     without, with_it = ([[row.get(name) for name in ("train_loss", "train_loss_step", "val_loss")] for row in rows[strength]]
                         for strength in (0.0, 5.0))
     assert without == with_it

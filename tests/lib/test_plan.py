@@ -383,7 +383,7 @@ def test_removing_an_override_in_a_folder_given_by_hand_is_refused(study, monkey
     monkeypatch.delenv("GPT2_MAX_TIME")
     what, todo = refusal(Plan, Options(out=str(out)))
     assert what == (f"{out}/test_V0_adamwspam_none holds another result (its result is of another configuration: "
-                    "GPT2_MAX_ITERS 0 -> 250; GPT2_MAX_TIME 60 -> 0).")
+                    "COMPILE_REGIONS y -> n; GPT2_MAX_ITERS 0 -> 250; GPT2_MAX_TIME 60 -> 0).")
     assert todo == "another OUT=, or none: an override then gets its own folder." and snapshot(out) == before
 
 

@@ -78,8 +78,13 @@ def test_the_losses_are_those_of_the_training_loop(tmp_path):
     given = {name: "y" if value is True else str(value) for name, value in (sizes | symbols).items()}
     study = Study(TINY, overrides=[Assignment(name, value, "here") for name, value in given.items()])
     corpus, (arm,) = open_corpus(cfg), contenders.arms_of(study, ["V0"], None)
-    found = contenders.losses_of(arm, CPU, cfg.SEED, contenders.batches_of(corpus, 256, cfg.SEED, 2, 32), 4, False,
-                                 EvalSet(corpus.val, 2, 2, 32, 256))
+
+    def losses(*seeds):
+        return contenders.losses_of(arm, CPU, seeds, lambda seed: contenders.batches_of(corpus, 256, seed, 2, 32), 4, False,
+                                    EvalSet(corpus.val, 2, 2, 32, 256))
+
+    other, found = losses(cfg.SEED + 1, cfg.SEED)
+    assert losses(cfg.SEED) == [found] and other["curve"] != found["curve"], "the second start is as new as the first"
     assert [row["train_loss_step"] for row in rows if "train_loss_step" in row] == pytest.approx(found["curve"], abs=6e-6)
     assert found["val_loss"] == pytest.approx(progress.val_loss, abs=1e-7)
     assert found["train_loss"] == pytest.approx(found["curve"][-1], abs=6e-6), "a tenth of four is one"
