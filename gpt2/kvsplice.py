@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gpt2.layers import full_precision
 from gpt2.rules import kvsplice_width
 from lib import checkpoint
 from lib.errors import UserError
@@ -182,11 +183,6 @@ class KVSplice(Geometry):
         self.fitted.fill_(True)
 
 
-def full_precision(x):
-    """No autocast for what is done to x."""
-    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-
-
 def cosines(channels: int, k: int):
     """The first k of the orthonormal cosines over `channels` points, [channels, k]. Every entry of a value is in their sum,
     where unit vectors would leave channels without gradient."""
@@ -240,37 +236,48 @@ def fingerprint(model: nn.Module) -> str:
     return digest({}, {name: p.detach().cpu() for name, p in model.named_parameters()})
 
 
-def fitted_to(path) -> str | None:
-    """The identity in a file that `save` wrote; None if it has none. UserError if it cannot be read."""
-    header = checkpoint.load(path).get("header")
-    return header.get("identity") if isinstance(header, dict) else None
-
-
 def load(path, model: nn.Module, *, identity: str) -> dict:
     """Put what `save` wrote into the codecs of `model` and return the file's header: kind, layers, head_dim, k, knots,
     geometries, step, seed, identity, report.
 
     UserError, and a model left as it was, if the file is missing, damaged, no such file, of other sizes or of another model.
     """
+    header, tensors = _read(path, codecs(model))
+    if header["identity"] != identity:
+        raise UserError(f"{path} was fitted to the values of another model ({header['step']}, seed {header['seed']}).", AGAIN)
+    for codec, fit in zip(codecs(model), tensors, strict=True):
+        codec.load_state_dict(fit)
+    return header
+
+
+def verify(path, model: nn.Module) -> None:
+    """UserError if what `path` holds is not what the codecs of `model` hold, to the last bit, or cannot be read."""
+    header, tensors = _read(path, codecs(model))
+    for codec, fit in zip(codecs(model), tensors, strict=True):
+        if any(not torch.equal(tensor.cpu(), fit[name]) for name, tensor in codec.state_dict().items()):
+            raise UserError(f"{path} is not the fit of the model beside it, but of {header['step']}, seed {header['seed']}.",
+                            AGAIN)
+
+
+AGAIN = "move the folder of the cell away and run make again."
+
+
+def _read(path, held: list[KVSplice]) -> tuple[dict, list[dict]]:
+    """Header and, by layer, the codec's tensors of a file that `save` wrote for codecs like these."""
     content = checkpoint.load(path)
     header = content.get("header")
     if not isinstance(header, dict) or header.get("kind") != KIND:
-        raise UserError(f"{path} is no KVSplice file.", "give the kvsplice_<step>.pt of a cell.")
+        raise UserError(f"{path} is no KVSplice file.", AGAIN)
     if content.get("sha256") != digest(header, content.get("tensors", {})):
-        raise UserError(f"{path} is damaged: its content is not what was saved.", "delete it and fit it again.")
-    held = codecs(model)
+        raise UserError(f"{path} is damaged: its content is not what was saved.", AGAIN)
     if not held:
         raise UserError(f"{path} cannot be used: the model has no KVSplice.", "set KVSPLICE=y.")
     for name, value in sizes(held).items():
         if header[name] != value:
             raise UserError(f"{path} is of another shape: {NAMES[name]} {header[name]} in the file, {value} in the model.",
-                            "fit it again, or choose the configuration that it was fitted under.")
-    if header["identity"] != identity:
-        raise UserError(f"{path} was fitted to the values of another model ({header['step']}, seed {header['seed']}).",
-                        "fit it again to this model.")
-    for layer, codec in enumerate(held):
-        codec.load_state_dict({name: content["tensors"][f"{layer}.{name}"] for name in codec.state_dict()})
-    return header
+                            AGAIN)
+    return header, [{name: content["tensors"][f"{layer}.{name}"] for name in codec.state_dict()}
+                    for layer, codec in enumerate(held)]
 
 
 NAMES = {"layers": "layers", "head_dim": "head width", "k": "k =", "knots": "knots", "geometries": "geometries a layer"}

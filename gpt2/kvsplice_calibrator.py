@@ -26,7 +26,8 @@ import math
 import torch
 from torch import nn
 
-from gpt2.kvsplice import KVSplice, bypassed, codec_mode, full_precision, piecewise
+from gpt2.kvsplice import KVSplice, bypassed, codec_mode, piecewise
+from gpt2.layers import full_precision
 from lib import process
 from lib.errors import UserError
 from lib.mechanisms import layer_number

@@ -118,7 +118,8 @@ def check_pruning(cfg) -> None:
     if keep < 2 * block:
         raise UserError(f"KV_KEEP_RATIO={cfg.KV_KEEP_RATIO} ({counted(keep)}) is below two blocks of KV_BLOCK={cfg.KV_BLOCK} "
                         f"({counted(block)}): the latest block and the one that is being filled are always kept.",
-                        f"set KV_KEEP_RATIO to at least {2 * block}, or to a ratio of {context} that gives as many.")
+                        f"set KV_KEEP_RATIO to at least {2 * block}, or to a ratio of {context} that gives as many."
+                        if 2 * block < context else f"set KV_BLOCK to at most {max(1, keep // 2)}.")
     if cfg.KV_KEEP_LEARNED and keep >= context:
         raise UserError(f"KV_KEEP_LEARNED has nothing to learn: KV_KEEP_RATIO={cfg.KV_KEEP_RATIO} keeps the whole context of "
                         f"{counted(context)}.", f"set KV_KEEP_RATIO to at most {context - 1}, or to a ratio below 1.")

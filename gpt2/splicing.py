@@ -3,7 +3,7 @@
 A cell that starts from a trained parent (INIT_FROM_STEP) fits before its first step, so that whatever it trains it trains with
 compressed values; one without a parent trains uncompressed and fits at its end. Fitting and the losses beside it have a clock
 of their own and are no part of the budget. What is used is what was read back from the file, so that the file is known to be
-good; a resumed cell reads it instead of fitting again.
+good; a resumed cell reads it instead of fitting again, unless it is damaged or of other weights.
 """
 
 from pathlib import Path
@@ -12,6 +12,7 @@ from gpt2 import kvsplice
 from gpt2.kvsplice_calibrator import KVSpliceCalibrator
 from lib import loop, runtime
 from lib.data import EvalSet, draw_size, train_batch
+from lib.errors import UserError
 from lib.steps import file_name
 from lib.streams import cell_seed, stream_seed
 
@@ -29,13 +30,15 @@ def compress(cfg, model, corpus, folder: Path, step: str, device) -> dict:
     KVSplice, in nats; `rows`, how many values of a layer it was fitted to; `layers`, the reconstruction error of each.
     """
     path, values_of = kvsplice_file(folder, step), kvsplice.fingerprint(model)
-    if not path.exists() or kvsplice.fitted_to(path) != values_of:
+    try:
+        header = kvsplice.load(path, model, identity=values_of)
+    except UserError:
         windows = (train_batch(corpus.train, stream_seed(cell_seed(cfg), "kvsplice"), number, 0, draw_size(cfg),
                                cfg.GPT2_BLOCK_SIZE)[0] for number in range(cfg.KVSPLICE_MAX_BATCHES))
         with runtime.autocast(cfg, device):
             report = KVSpliceCalibrator(cfg).fit(model, windows)
         kvsplice.save(path, model, step=step, seed=cfg.SEED, identity=values_of, report=report)
-    header = kvsplice.load(path, model, identity=values_of)
+        header = kvsplice.load(path, model, identity=values_of)
     eval_set = EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, draw_size(cfg), cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
     losses = {}
     for mode, name in (("off", "val_loss_before"), ("pca", "val_loss_pca"), ("splice", "val_loss")):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from gpt2 import kvsplice
 from gpt2.model import GPT
 from lib import checkpoint
 from lib.errors import UserError
@@ -35,4 +36,7 @@ def load(folder: Path, cfg, identity: str | None = None) -> GPT:
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         raise UserError(f"{shown(path)} holds numbers that are not finite: its training diverged.",
                         "choose a cell that did not.")
+    if kvsplice.codecs(model):
+        for fit in sorted(folder.glob("kvsplice_*.pt")):  # what was published of the model is the model's
+            kvsplice.verify(fit, model)
     return model

@@ -22,6 +22,7 @@ def experiment(record: dict) -> dict:
         "tokenizer": data.get("tokenizer"),
         "global batch": sizes[0] * sizes[1] * world if counted else None,
         "sequence length": get("GPT2_BLOCK_SIZE"),
+        "start": f"the trained {get('INIT_FROM_STEP')}" if get("INIT_FROM_STEP") and not get("EVALUATE_ONLY") else "drawn",
         "budget": " ".join(f"{name}={get(name)}" for name in BUDGET if get(name)) or None,
     }
 

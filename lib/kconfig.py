@@ -137,6 +137,7 @@ class Schema:
             raise UserError(f"{a.where}: {a.name}={a.value} did not take, because the choice "
                             f"'{symbol.choice.nodes[0].prompt[0]}' stands at {chosen.name if chosen else 'nothing'}.",
                             "set exactly one member of the choice to y.")
+        self.check_value(a)  # a range may be in force only with what else was set
         raise UserError(f"{a.where}: {a.name}={a.value} did not take, it stands at {symbol.str_value or 'nothing'}.",
                         "look the symbol up in make menuconfig.")
 

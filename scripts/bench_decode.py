@@ -255,9 +255,11 @@ def show(path: Path) -> str:
 
 
 def kinds_of_caches(study: Study, first: str) -> list[str]:
-    """The first step of every kind of cache there is, `first` before all: kinds differ in classes, shapes or types."""
+    """A step of every kind of cache there is, the one whose fragment sets least, `first` before all: kinds differ in classes,
+    shapes or types."""
     found = {}
-    for step in [first, *step_files(study.config.STEPS_DIR)]:
+    files = step_files(study.config.STEPS_DIR)
+    for step in [first, *sorted(files, key=lambda step: files[step].read_text().count("\nCONFIG_"))]:
         try:
             with torch.device("meta"):
                 cache = GPT(study.resolve(step).config).new_cache(1, dtype=torch.bfloat16)

@@ -125,7 +125,7 @@ def test_tensors_with_a_payload_are_refused_wherever_they_are_read(tmp_path, evi
     finish(parent.parent, cell)
     readers = [(checkpoint.load, (evil(tmp_path / "checkpoint.pt"),), {}), (trained.load, (parent, cfg), {}),
                (kvsplice.load, (evil(tmp_path / "kvsplice_V0.pt"), model), {"identity": "x"}),
-               (kvsplice.fitted_to, (tmp_path / "kvsplice_V0.pt",), {}),
+               (kvsplice.verify, (tmp_path / "kvsplice_V0.pt", model), {}),
                (load_parent, (model, parent.parent / "child", {"parent": parent.name}, "V0"), {})]
     for reader, arguments, options in readers:
         what, run_ = refusal(reader, *arguments, **options)
@@ -259,14 +259,9 @@ def hostile(value):
     return TAGS if isinstance(value, str) else value
 
 
-def test_a_record_full_of_tags_is_shown_and_never_run(tmp_path, dotconfig):
-    pytest.importorskip("jinja2", reason="jinja2 is not installed")
-    pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
-    from lib.report import charts, index, page
-    from lib.report.content import content
-
-    root = tmp_path / "results"
-    dotconfig(*TINY, 'ABLATION_STEPS="V0 V1"', 'SEEDS="1 2 3"', "SEED=1", f'OUTPUT_DIR="{root}/study"')
+def full_of_tags(root: Path, dotconfig, *lines) -> Plan:
+    """A study whose cells have ended; whatever text their records may hold is TAGS."""
+    dotconfig(*TINY, 'ABLATION_STEPS="V0 V1"', 'SEEDS="1 2 3"', "SEED=1", f'OUTPUT_DIR="{root}/study"', *lines)
     plan = Plan(Options())
     plan.write()
     finish(plan.out, *plan.cells)
@@ -282,6 +277,17 @@ def test_a_record_full_of_tags_is_shown_and_never_run(tmp_path, dotconfig):
         path.write_text(json.dumps(record | {"checksum": results.checksum(record)}))
         (plan.out / cell.name / "metrics.jsonl").write_text(json.dumps(
             {"iteration": 1, "tokens": 9, "train_seconds": 1.0, "val_loss": 3.0, f"{TAGS}/layer0": 0.5, "x": TAGS}) + "\n")
+    return plan
+
+
+def test_a_record_full_of_tags_is_shown_and_never_run(tmp_path, dotconfig):
+    pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
+    from lib.report import charts, index, page
+    from lib.report.content import content
+
+    root = tmp_path / "results"
+    plan = full_of_tags(root, dotconfig)
     found = content(Plan(Options()))
     assert TAGS in json.dumps(found, ensure_ascii=False).replace('\\"', '"'), "it is in what is shown"
     text = page.render(found, charts.charts(found))
@@ -297,6 +303,37 @@ def test_a_record_full_of_tags_is_shown_and_never_run(tmp_path, dotconfig):
         re.sub(r"\d{3,}", "", re.search(r"<tbody>.*", shown, re.S)[0])
 
 
+NAME = "a; touch pwned $(touch pwned) `touch pwned` | touch pwned <script>alert(1)</script>"
+
+
+def test_a_report_of_hostile_records_under_a_hostile_name_executes_nothing(tmp_path, dotconfig):
+    """make report, and what browse serves of it: report.md as plain text, which holds no tag and no link anyhow."""
+    pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
+    plan = full_of_tags(tmp_path / "results", dotconfig, f'STUDY="{NAME}"')
+    for cell in plan.cells:
+        path = plan.out / cell.name / "metrics.json"
+        record = json.loads(path.read_text())
+        record["data"] |= {"name": f"[x](javascript:alert(1)) {TAGS}\n\n[y]: javascript:alert(2)\n\x1b]0;owned\x07"}
+        path.write_text(json.dumps(record | {"checksum": results.checksum(record)}))
+    tree = copy_tree(tmp_path / "tree")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "GPT2_", "KABLATE_"))}
+    for goals in (["cells"], ["plan"], ["report"]):
+        done = subprocess.run(["make", f"PYTHON={sys.executable}", "RETRY=", *goals], cwd=tree, capture_output=True, text=True,
+                              env=clean, timeout=120)
+        assert "Traceback" not in done.stderr and "alert(1)" in done.stdout + done.stderr, "it is shown"
+        assert all(c.isprintable() or c == "\n" for c in done.stdout + done.stderr)
+        assert not list(tmp_path.rglob("pwned"))
+    text, html = ((plan.out / name).read_text() for name in ("report.md", "report.html"))
+    assert NAME.partition("<")[0] in text and "alert(1)" in text and "javascript:alert(1)" in text
+    assert not re.search(r"<[A-Za-z/!?]|\]\(|^\[", text, re.M) and text in done.stdout
+    assert [e for e in Elements(html).found if any(name.startswith("on") for name in e[1])] == []
+    assert len([tag for tag, _ in Elements(html).found if tag == "script"]) == len(
+        re.findall("<script", Path("lib/report/page.html.j2").read_text())) and "<script>alert" not in html
+    handler = object.__new__(browse.Handler)
+    assert handler.guess_type("report.md") == "text/plain; charset=utf-8"
+
+
 def test_an_error_steers_no_terminal(dotconfig):
     dotconfig(*TINY, 'SEEDS="\x07"')
     done = run("scripts.plan", KABLATE_SEEDS="\x1b]0;owned\x07\x1b[2J\u202e\r")
@@ -306,10 +343,16 @@ def test_an_error_steers_no_terminal(dotconfig):
 
 def test_a_json_file_with_a_deep_nest_or_a_huge_number_is_refused(tmp_path):
     from gpt2.train_ra_mla import read_provenance
+    from lib.claims import report_at
+    from lib.report.content import _evaluations
     from scripts.frontier import read_decode
 
     for text in ("[" * 100_000, "9" * 5000, '{"identity": NaN}'):
         (tmp_path / "provenance.json").write_text(text)
-        for reader, given in ((read_provenance, tmp_path), (read_decode, tmp_path / "provenance.json")):
+        for reader, *given in ((read_provenance, tmp_path), (read_decode, tmp_path / "provenance.json"),
+                               (report_at, "provenance.json", "a claim", tmp_path)):
             with pytest.raises(UserError):
-                reader(given)
+                reader(*given)
+        row = '{"val_loss": 3.0, "tokens": 9, "train_seconds": 1.0}'
+        (tmp_path / "metrics.jsonl").write_text(f'{{"val_loss": {text}\n{row}\n')
+        assert _evaluations(tmp_path) == [json.loads(row)], "curves are an extra"

@@ -143,19 +143,21 @@ class KVPruning(nn.Module):
         if first == T:
             return y
         soft = self.training and self.share_logit is not None
-        limit = (self.share() * self.context if soft else torch.as_tensor(self.slots(), device=q.device)) - 2 * b
+        slots = self.share() * self.context if soft else self.slots()
+        limit = (torch.full((), slots, device=q.device) if isinstance(slots, int) else slots) - 2 * b
         seed = torch.randint(2 ** 31 - 1, ()) if dropout else torch.zeros((), dtype=torch.int64)
         later, _ = pruned_attention(q, k, v, limit.to(wide(q.dtype)), seed, first, b, scale, dropout, self.values_only, soft)
         return torch.cat([y, later], 2)
 
     def _decode(self, q, k, v, cache: PrunedCache, scale: float, dropout: float):
-        """The tokens after what the cache holds, in pieces that end at borders."""
+        """The tokens after what the cache holds, in pieces that end at borders at which tokens are dropped."""
         T, b, at, outputs = q.size(2), self.block, 0, []
         cache.expect(T)
         while at < T:
             if cache.length % b == 0 and cache.filled + b > cache.keep:
                 self._make_room(cache)
-            now = slice(at, min(T, at + b - cache.length % b))
+            rest = b - cache.length % b  # to the next border; beyond it blocks fit until a drop is due
+            now = slice(at, min(T, at + rest + (cache.keep - cache.filled - rest) // b * b))
             keys, values = cache.append(k[:, :, now], v[:, :, now])
             p = softmax_weights(q[:, :, now], keys, scale)
             if self.values_only:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from gpt2.attention.baseline import causal_mask
+from gpt2.layers import full_precision
 
 SOFTNESS = 1 / 8  # width of the soft threshold in blocks
 FLOOR = -30.0  # of log w: nothing beside 1 in float32, and far from the numbers that CPUs are slow with
@@ -65,10 +66,6 @@ def blocks(T: int, first: int, block: int):
     return [(m, start, min(start + block, T)) for m, start in enumerate(range(first, T, block))]
 
 
-def no_autocast(x):
-    return torch.autocast(x.device.type, enabled=False)
-
-
 def dropped(shape, rate: float, generator, like):
     """Factors of dropout, 0 or 1 / (1 - rate)."""
     return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(1 - rate, generator=generator).div_(1 - rate)
@@ -90,7 +87,7 @@ def pruned_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limit: t
     log_weight = torch.zeros(B, H, len(blocks(T, first, block)), T, dtype=exact, device=q.device)
     y = v.new_empty(B, H, T - first, v.size(3))
     generator = seeded(seed, q.device) if dropout else None
-    with no_autocast(q):
+    with full_precision(q):
         for _, start, end in blocks(first, 0, block):
             sums[:, :, :end] += relative(softmax_weights(q[:, :, start:end], k[:, :, :end], scale), start)
         for m, start, end in blocks(T, first, block):
@@ -134,7 +131,7 @@ def pruned_attention_backward(
     dlimit = torch.zeros((), dtype=exact, device=q.device)
     slope = torch.zeros_like(log_weight[:, :, 0])  # of log w by limit
     generator = seeded(seed, q.device) if dropout else None
-    with no_autocast(q):
+    with full_precision(q):
         grad = grad.to(v.dtype)
         mean = (grad.to(exact) * y).sum(3, keepdim=True)  # of each row's gradient of p, weighted by p
         for m, start, end in blocks(T, first, block):

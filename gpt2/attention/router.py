@@ -31,7 +31,7 @@ from torch import nn
 
 from gpt2.attention.baseline import CausalSelfAttention
 from gpt2.kv_cache import LayerCache
-from gpt2.layers import INIT_STD, Linear, residual_std
+from gpt2.layers import INIT_STD, Linear, full_precision, residual_std
 from gpt2.rules import resolve_size
 
 FEATURES, HIDDEN, PATHS = 4, 16, 2
@@ -52,7 +52,7 @@ class Router(nn.Module):
         self.c_out = RouterLinear(HIDDEN, PATHS, bias=bias)
 
     def forward(self, x, embedding):
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             f = features(x.float(), embedding.float()).to(self.c_fc.weight.dtype)
             return self.c_out(F.gelu(self.c_fc(f), approximate="tanh")).softmax(-1)[..., 1:]
 

@@ -17,9 +17,8 @@ idea, queries that are the keys, is in Kitaev et al. 2020 (Reformer).
 """
 
 import torch
-import torch.nn.functional as F
 
-from gpt2.attention.baseline import CausalSelfAttention, causal_mask
+from gpt2.attention.baseline import CausalSelfAttention
 from gpt2.kv_cache import LayerCache
 from gpt2.layers import INIT_STD, Linear
 
@@ -49,11 +48,7 @@ class TiedKVAttention(CausalSelfAttention):
         B, T, E = x.shape
         q, k = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(E, dim=2))
         keys = k if cache is None else cache.append(k, k[..., :0])[0]
-        past = keys.size(2) - T
-        mask = causal_mask(T, past, x.device) if past and T > 1 else None
-        attended = F.scaled_dot_product_attention(
-            q, keys, keys, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and past == 0)
+        attended = self.attend(q, keys, keys)
         return self.resid_dropout(self.c_proj(attended.transpose(1, 2).reshape(B, T, E)))
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gpt2.coupling import Coupling
-from gpt2.layers import INIT_STD, Linear, residual_std
+from gpt2.layers import INIT_STD, Linear, full_precision, residual_std
 from gpt2.mlp.baseline import MLP
 from gpt2.rules import hidden_width, resolve_size
 from gpt2.skip import SkipGate
@@ -146,7 +146,7 @@ class ReciprocalMLP(MLP):
         weight = self.c_proj.weight
         if self.baked:
             return weight
-        with torch.autocast("cpu" if weight.is_meta else weight.device.type, enabled=False):  # there is no autocast on meta
+        with full_precision(weight):
             if self.mixer is not None:
                 mixer = self.mixer
                 if self.coupling.moved:

@@ -273,7 +273,7 @@ def test_what_was_not_fitted_is_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-AGAIN = "fit it again, or choose the configuration that it was fitted under."
+AGAIN = "move the folder of the cell away and run make again."
 
 
 @pytest.mark.parametrize("model, identity, what, run", [
@@ -282,8 +282,7 @@ AGAIN = "fit it again, or choose the configuration that it was fitted under."
     ([KVSplice(H, D, K)] * 1, "abc", "is of another shape: layers 2 in the file, 1 in the model.", AGAIN),
     ([KVSplice(H, D, K, 9)] * 2, "abc", "is of another shape: knots 7 in the file, 9 in the model.", AGAIN),
     ([KVSplice(1, D, K)] * 2, "abc", "is of another shape: geometries a layer 2 in the file, 1 in the model.", AGAIN),
-    ([KVSplice(H, D, K)] * 2, "abd", "was fitted to the values of another model (C1, seed 1337).",
-     "fit it again to this model."),
+    ([KVSplice(H, D, K)] * 2, "abd", "was fitted to the values of another model (C1, seed 1337).", AGAIN),
     ([], "abc", "cannot be used: the model has no KVSplice.", "set KVSPLICE=y."),
 ])
 def test_a_file_of_something_else_is_refused(saved, model, identity, what, run):
@@ -296,7 +295,7 @@ def test_a_file_of_something_else_is_refused(saved, model, identity, what, run):
 def test_a_damaged_file_is_refused(saved, tmp_path):
     model, path = saved
     content = torch.load(path, weights_only=True)
-    damaged = (f"{path} is damaged: its content is not what was saved.", "delete it and fit it again.")
+    damaged = (f"{path} is damaged: its content is not what was saved.", AGAIN)
     for tamper in (lambda c: c["tensors"]["1.basis"][0, 0].mul_(-1), lambda c: c["header"].update(k=3),
                    lambda c: c["tensors"].pop("0.mean"), lambda c: c.pop("sha256"), lambda c: c.pop("tensors"),
                    lambda c: c["header"]["report"].update(rows=11)):
@@ -310,5 +309,5 @@ def test_a_damaged_file_is_refused(saved, tmp_path):
     assert what.startswith(f"{path} cannot be read: ") and run == "move it away and run make again."
     torch.save({"format": 1, "model": {}}, path)
     assert refusal(kvsplice.load, path, model, identity="abc") == (
-        f"{path} is no KVSplice file.", "give the kvsplice_<step>.pt of a cell.")
+        f"{path} is no KVSplice file.", AGAIN)
     assert refusal(kvsplice.load, tmp_path / "none.pt", model, identity="abc")[0] == f"there is no {tmp_path}/none.pt."

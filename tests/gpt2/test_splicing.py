@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
+from gpt2 import kvsplice, trained
 from lib.cells import Cell
 from lib.config import Study
 from lib.kconfig import Assignment
 from lib.launch import prepare
-from tests.harness import ROOT, run_here
+from tests.harness import ROOT, refusal, run_here
 
 TRAINER = ROOT / "gpt2/train_ra_mla.py"
 SMALL = {"GPT2_MAX_ITERS": "3", "GPT2_BLOCK_SIZE": "32", "BATCH_SIZE": "2", "GPT2_EVAL_SAMPLES": "2"}
@@ -65,17 +66,34 @@ def test_an_interrupted_cell_takes_the_fit_that_it_has(v19_and_c2):
     assert file.stat().st_mtime_ns == written
 
 
-def test_a_damaged_fit_is_refused(v19_and_c2):
-    _, (child, _) = v19_and_c2
+def test_a_damaged_fit_is_made_again(v19_and_c2):
+    _, (child, after) = v19_and_c2
     file = child / "kvsplice_C2.pt"
-    content, record = file.read_bytes(), (child / "metrics.json").read_bytes()
+    content, held = file.read_bytes(), torch.load(file, weights_only=True)
+    file.write_bytes(content[:len(content) // 2])
+    (child / "metrics.json").unlink()
+    assert run("--cell", child).returncode == 0
+    assert torch.load(file, weights_only=True)["sha256"] == held["sha256"]
+    assert json.loads((child / "metrics.json").read_text())["compression"] == after["compression"]
+
+
+def test_who_loads_the_model_of_a_cell_verifies_its_fit(v19_and_c2):
+    (parent, _), (child, _) = v19_and_c2
+    file, cfg = child / "kvsplice_C2.pt", Study(config=child / ".config").config
+    whole = file.read_bytes()
+    trained.load(child, cfg)
+    again = "move the folder of the cell away and run make again."
     try:
-        file.write_bytes(content[:len(content) // 2])
-        done = run("--cell", child)
-        assert done.returncode == 2 and done.stderr.startswith(f"error: {file} cannot be read: ")
+        content = torch.load(file, weights_only=True)
+        content["tensors"]["1.mean"][0, 0] += 1
+        content["sha256"] = kvsplice.digest(content["header"], content["tensors"])
+        torch.save(content, file)
+        assert refusal(trained.load, child, cfg) == (
+            f"{file} is not the fit of the model beside it, but of C2, seed 1337.", again)
+        file.write_bytes(b"x")
+        assert refusal(trained.load, child, cfg)[0].startswith(f"{file} cannot be read: ")
     finally:
-        file.write_bytes(content)
-        (child / "metrics.json").write_bytes(record)
+        file.write_bytes(whole)
 
 
 def test_finetuning_trains_through_the_codec(tmp_path_factory, v19_and_c2):
@@ -84,6 +102,7 @@ def test_finetuning_trains_through_the_codec(tmp_path_factory, v19_and_c2):
     assert record["iterations"] == 3 and record["compression"]["val_loss"] != record["val_loss"]
     name = "transformer.h.0.attn.c_attn.weight"
     assert not torch.equal(weights(folder)[name], weights(parent)[name])
+    trained.load(folder, Study(config=folder / ".config").config)  # its fit is that of its start, and still its codec's
 
 
 def test_a_parents_own_codec_of_another_width_is_left_to_the_parent(tmp_path):

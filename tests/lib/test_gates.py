@@ -44,6 +44,7 @@ def test_equal_arms_pass():
     ("configuration__BATCH_SIZE", 4, "global batch differs: V1 seed 2 has '4', V1 seed 1 '8'"),
     ("configuration__GPT2_GRADIENT_ACCUMULATION", 2, "global batch differs: V1 seed 2 has '16', V1 seed 1 '8'"),
     ("configuration__GPT2_BLOCK_SIZE", 64, "sequence length differs: V1 seed 2 has '64', V1 seed 1 '128'"),
+    ("configuration__INIT_FROM_STEP", "V19", "start differs: V1 seed 2 has 'the trained V19', V1 seed 1 'drawn'"),
     ("configuration__GPT2_MAX_ITERS", 9, "budget differs: V1 seed 2 has 'GPT2_MAX_ITERS=9', V1 seed 1 'GPT2_MAX_ITERS=250'"),
     ("environment__precision", "bfloat16", "precision differs: V0 seed 2 has 'float32', V1 seed 2 'bfloat16'"),
     ("environment__compile", True, "compile flag differs: V0 seed 2 has 'False', V1 seed 2 'True'"),
@@ -62,6 +63,13 @@ def test_equal_arms_pass():
 ])
 def test_each_gate_names_its_field_and_who_differs(change, value, sentence):
     assert broken(*arms(**{change: value})) == [sentence]
+
+
+def test_a_cell_that_only_evaluates_its_parent_has_trained_no_more_than_it():
+    evaluated, reference = arms()
+    for cell in evaluated.values():
+        cell["configuration"] |= {"INIT_FROM_STEP": "V19", "EVALUATE_ONLY": True}
+    assert broken(evaluated, reference) == []
 
 
 def test_the_world_size_counts_twice():
