@@ -61,8 +61,8 @@ def test_a_ratio_is_a_count_between_one_and_the_whole(ratio, whole):
     ("V14", {"KV_KEEP_RATIO": 127}, "KV_KEEP_RATIO=127 (127 tokens) is below two blocks of KV_BLOCK=1/16 (64 tokens): the "
      "latest block and the one that is being filled are always kept.",
      "set KV_KEEP_RATIO to at least 128, or to a ratio of 1024 that gives as many."),
-    ("V14", {"KV_BLOCK": 600}, "KV_KEEP_RATIO=191/500 (391 tokens) is below two blocks of KV_BLOCK=600 (600 tokens): the latest "
-     "block and the one that is being filled are always kept.", "set KV_BLOCK to at most 195."),
+    ("V14", {"KV_BLOCK": 600}, "KV_KEEP_RATIO=191/500 (391 tokens) is below two blocks of KV_BLOCK=600 (600 tokens): the "
+     "latest block and the one that is being filled are always kept.", "set KV_BLOCK to at most 195."),
     ("V19", {"KV_KEEP_RATIO": 1}, "KV_KEEP_RATIO=1 (1 token) is below two blocks of KV_BLOCK=1/16 (64 tokens): the latest "
      "block and the one that is being filled are always kept.",
      "set KV_KEEP_RATIO to at least 128, or to a ratio of 1024 that gives as many."),
