@@ -46,6 +46,17 @@ include lib/literal.mk
 
 override STEP_GOALS := $(basename $(notdir $(wildcard gpt2/steps/*.config)))
 override STEPS := $(filter $(STEP_GOALS),$(MAKECMDGOALS))
+# Said before anything runs: make itself would first do the goals before the one that it does not know, and take a step with
+# overrides for a variable.
+override NO_STEPS := $(filter-out $(STEP_GOALS),$(filter $(addsuffix %,A B C D E F G H I J K L M N O P Q R S T U V W X Y Z),\
+  $(MAKECMDGOALS)))
+override OVERRIDDEN := $(foreach v,$(.VARIABLES),$(if $(findstring @,$(v)),$(filter-out automatic,$(origin $(v)))))
+ifneq (,$(strip $(NO_STEPS)))
+$(error there is no step $(firstword $(NO_STEPS)); try: make list-steps)
+endif
+ifneq (,$(strip $(OVERRIDDEN)))
+$(error a step with overrides is no goal; try: put it into ABLATION_STEPS in make menuconfig, as "V1@RA_R=8")
+endif
 
 ##@ Run a study
 .PHONY: run

@@ -327,6 +327,17 @@ def test_bad_input_is_one_sentence_and_nothing_is_lost(finished, arguments, extr
     assert snapshot(finished.out) == before
 
 
+@pytest.mark.parametrize("words, sentence", [
+    ("plan V99", 'there is no step V99; try: make list-steps.'),
+    ("sample V1 Vx", 'there is no step Vx; try: make list-steps.'),
+    ("plan V1@RA_R=8", 'a step with overrides is no goal; try: put it into ABLATION_STEPS in make menuconfig, as "V1@RA_R=8".'),
+    ("V1@RA_R=8", 'a step with overrides is no goal; try: put it into ABLATION_STEPS in make menuconfig, as "V1@RA_R=8".'),
+])
+def test_a_word_that_is_no_goal_ends_make_before_it_does_anything(words, sentence):
+    done = subprocess.run(["make", f"PYTHON={sys.executable}", *words.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and sentence.rstrip(".") in done.stderr
+
+
 def test_missing_data_is_one_error_before_any_cell(tmp_path):
     study = Study(tmp_path, DATA_SHAKESPEARE="y", DATA_DIR=f'"{tmp_path}/none"')
     text = study.config.read_text().replace("CONFIG_DATA_PYSTDLIB=y\n", "")
