@@ -111,6 +111,8 @@ def undefined(model, idx) -> dict[int, str]:
     for layer, block in enumerate(model.transformer.h):
         if not block.attn.on:
             found[layer] = "attention is switched off"
+        elif block.attn.pruning is not None:
+            found[layer] = "KV pruning takes its softmax block by block, over what is left"
         elif not calls[layer]:
             found[layer] = "its weights are not those of a scaled_dot_product_attention"
         elif calls[layer] > 1:

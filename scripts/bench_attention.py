@@ -249,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--show", type=Path, nargs="+", metavar="FILE.json", help="measure nothing, print what these hold")
     args = parser.parse_args(arguments)
     if args.show:
-        print("\n".join(show(path) for path in args.show), end="")
+        print(benching.shown(show, args.show), end="")
         return
     benching.check_options(args, ("batch", "heads", "context", "head_dim", "rank", "rounds", "iterations"), args.out)
     shapes = {"MODEL_CUSTOM": "y", "GPT2_N_HEAD": args.heads, "GPT2_N_EMBD": args.heads * args.head_dim,

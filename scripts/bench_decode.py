@@ -51,7 +51,7 @@ from lib.loop import lift_compile_limits
 from lib.mechanisms import Mechanisms, Moment
 from lib.steps import step_files, step_path
 from lib.tables import table, table_head, table_row
-from scripts.benching import check_options, failure, narrator, release, spread
+from scripts.benching import check_options, failure, narrator, release, shown, spread
 
 FORMAT = 1
 HEADER = ["step", "context", "batch", "first token, ms", "tokens/s", "min .. max", "speed", "cache, MiB", "cache",
@@ -358,7 +358,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--show", type=Path, nargs="+", metavar="FILE.json", help="measure nothing, print what these hold")
     args = parser.parse_args(arguments)
     if args.show:
-        print("\n".join(show(path) for path in args.show), end="")
+        print(shown(show, args.show), end="")
         return
     for context in args.context:
         if context < 2:

@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--show", type=Path, nargs="+", metavar="FILE.json", help="measure nothing, print what these hold")
     args = parser.parse_args(arguments)
     if args.show:
-        print("\n".join(show(path) for path in args.show), end="")
+        print(benching.shown(show, args.show), end="")
         return
     benching.check_options(args, ("batch", "rounds", "iterations"), args.out)
     study = Study(args.study)

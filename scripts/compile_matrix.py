@@ -51,7 +51,7 @@ from lib.mechanisms import Mechanisms, Moment
 from lib.steps import step_files, step_path
 from lib.tables import table, table_head, table_row
 from scripts import benching
-from scripts.benching import SAME_PROGRAM
+from scripts.benching import SAME_PROGRAM, shown
 
 FORMAT = 1
 FORMS = ("whole", "blocks")
@@ -321,7 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--show", type=Path, nargs="+", metavar="FILE.json", help="compile nothing, print what these hold")
     args = parser.parse_args(arguments)
     if args.show:
-        print("\n".join(show(path) for path in args.show), end="")
+        print(shown(show, args.show), end="")
         return 0
     benching.check_options(args, ("layers", "jobs"), args.out)
     study = Study(args.study, overrides=benching.assignments(args.set, "--set"))

@@ -180,6 +180,19 @@ def narrator():
     return say
 
 
+def shown(show, paths: list[Path]) -> str:
+    """What `show` makes of each file, with a line between; UserError for the first that it can make nothing of."""
+    found = []
+    for path in paths:
+        try:
+            found.append(show(path))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}.", "give a file that --out wrote.") from None
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise UserError(f"{path} is not what this bench writes.", "give a file that --out wrote.") from None
+    return "\n".join(found)
+
+
 def check_options(args, names: tuple[str, ...], out: Path | None) -> None:
     """Refuse counts below 1 among the options `names`, and an `out` whose folder is not there."""
     for name in names:
