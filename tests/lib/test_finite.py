@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib import finite, optimizers
+from lib import finite, gradients, optimizers
 from lib.config import load
 
 torch.set_num_threads(1)
@@ -14,22 +14,33 @@ SETTINGS = {"adamw": {"OPTIMIZER_ADAMW": True}, "adamwspam": {"OPTIMIZER_ADAMWSP
             "sinkgd": {"OPTIMIZER_SINKGD": True}, "sinkgd, l1": {"OPTIMIZER_SINKGD": True, "SINKGD_L1": True}}
 
 
-def trained(name, steps, bad=None, guarded=True):
-    """A small model after steps with gradients of their own; those of step `bad` hold one NaN."""
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+def trained(name, steps, bad=None, guarded=True, device="cpu"):
+    """A small model after steps with gradients of their own; those of step `bad` hold one NaN. From the second step on nothing
+    may wait for a GPU."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 5), nn.Linear(5, 3, bias=False), nn.LayerNorm(3))
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 5), nn.Linear(5, 3, bias=False), nn.LayerNorm(3)).to(device)
     optimizer = optimizers.build(model, load("gpt2-ra-ablation+tiny", "V0", SETTINGS[name]))
-    guard = finite.Guard(optimizer, torch.device("cpu"), 0, None, None) if guarded else None
+    guard = finite.Guard(optimizer, torch.device(device), 0, None, None) if guarded else None
     for step in range(1, steps + 1):
         noise = torch.Generator().manual_seed(step)
         for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=noise)
+            p.grad = torch.randn(p.shape, generator=noise).to(device)
         if step == bad:
             list(model.parameters())[2].grad[1] = math.nan
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if guard:
-            guard.look(step, torch.tensor(5.0 - step, dtype=torch.float64), norm)
-        optimizer.step()
+        loss = torch.tensor(5.0 - step, dtype=torch.float64, device=device)
+        if device == "cuda" and step > 1:  # the first makes the optimizer's state
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            norm = gradients.clip(model, optimizer, 1.0)
+            if guard:
+                guard.look(step, loss, norm)
+            optimizer.step()
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
     return model, optimizer, guard
 
 
@@ -37,16 +48,18 @@ def state(model, optimizer):
     return {name: value.clone() for name, value in finite.state_of(model, optimizer).items() if torch.is_tensor(value)}
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_guard_changes_no_number_and_after_a_step_that_is_not_finite_nothing_moves(name):
-    plain, free = trained(name, 3), trained(name, 3, guarded=False)
-    bad = trained(name, 6, bad=4)
+def test_a_guard_changes_no_number_and_after_a_step_that_is_not_finite_nothing_moves(name, device):
+    plain, free = trained(name, 3, device=device), trained(name, 3, guarded=False, device=device)
+    bad = trained(name, 6, bad=4, device=device)
     expected = state(*plain[:2])
     assert len(expected) > 5 and all(torch.isfinite(value).all() for value in expected.values())
     for other in (free, bad):
         found = state(*other[:2])
         assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
-    assert not torch.equal(next(trained(name, 4)[0].parameters()), next(plain[0].parameters())), "or this proves nothing"
+    longer, _, _ = trained(name, 4, device=device)
+    assert not torch.equal(next(longer.parameters()), next(plain[0].parameters())), "or this proves nothing"
 
 
 def guard_after(*steps, done=0, loss=None, norm=None):
