@@ -6,25 +6,23 @@ folder, because a rename is atomic only within one file system. It is locked whi
 process has left can be told from what is being written.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(path, kept_as=None):
     """Yield a temporary path beside `path`; on success flush it to disk and rename it onto `path`.
 
     The old file becomes `kept_as`, if that is given: between the two renames there is only that one.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
+    handle, temporary = _locked_beside(path)
     try:
-        _lock(handle)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -46,13 +44,16 @@ def replacing(path, kept_as=None):
         os.close(folder)
 
 
-def _lock(handle: int) -> bool:
-    """Whether nobody else has it. A file system without locks has no orphans that could be told from others."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
+def _locked_beside(path: Path) -> tuple[int, Path]:
+    """A new temporary file beside `path` that is locked: its handle and its name. `remove_orphans` may take it for an orphan in
+    the instant between the two; then another is made."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with contextlib.suppress(OSError):  # a file system without locks has no orphans that could be told from others
+            fcntl.flock(handle, fcntl.LOCK_EX)  # waits while `remove_orphans` has it
+        if os.path.exists(name):
+            return handle, Path(name)
+        os.close(handle)
 
 
 def remove_orphans(folder) -> None:
@@ -63,8 +64,10 @@ def remove_orphans(folder) -> None:
         except OSError:  # just renamed, or another user's
             continue
         try:
-            if _lock(handle):
-                orphan.unlink(missing_ok=True)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            orphan.unlink(missing_ok=True)
+        except OSError:  # its writer lives
+            continue
         finally:
             os.close(handle)
 

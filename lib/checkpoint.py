@@ -9,6 +9,7 @@ import zipfile
 
 import torch
 
+from lib import failures
 from lib.atomic import replacing
 from lib.errors import UserError
 from lib.paths import shown
@@ -40,18 +41,20 @@ def _ask_the_disk(path) -> None:
 
 
 def load(path, device="cpu") -> dict:
-    """Read what `save` wrote; UserError if it is missing, and Damaged if it is not whole or of another format."""
+    """Read what `save` wrote; UserError if it is missing, and Damaged if it is not whole or of another format.
+
+    An error of too little memory says nothing about the file, and comes through."""
     try:
         verify(path)
         content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no {path}.", "run the cell that writes it.") from None
-    except torch.OutOfMemoryError:
-        raise
-    except OSError as error:  # says nothing about the file
-        raise UserError(f"{shown(path)} cannot be read: {error.strerror or error}.",
-                        "mend the disk or the permissions, then make again.") from None
     except Exception as error:  # torch and zipfile raise a dozen types for damaged files
+        if failures.kind(error) == failures.MEMORY:
+            raise
+        if isinstance(error, OSError):  # says nothing about the file either
+            raise UserError(f"{shown(path)} cannot be read: {error.strerror or error}.",
+                            "mend the disk or the permissions, then make again.") from None
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise Damaged(f"{path} cannot be read: {reason}.", "move it away and run make again.") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -1,8 +1,8 @@
 """The checkpoints of a running cell: the newest and the one before it.
 
 Invariants: once there is one, there is a good one, whenever the process ends: a new one is whole, on disk and found finite
-before the one before it is let go, and a damaged one never takes the place of a good one. Knows no torch, so that what plans
-and launches can ask whether a cell has something to resume from.
+before the one before it is let go, and a damaged one never takes the place of a good one, but is moved aside. Knows no
+torch, so that what plans and launches can ask whether a cell has something to resume from.
 """
 
 import os
@@ -12,6 +12,7 @@ from lib.errors import UserError
 from lib.paths import shown
 
 NAMES = NEWEST, BEFORE = ("checkpoint.pt", "checkpoint.before.pt")
+DAMAGED = "checkpoint.damaged.pt"  # the last newest that could not be read, for a person to look at; until the cell ends
 
 
 def there(folder: Path) -> bool:
@@ -41,9 +42,10 @@ def load(folder: Path, device) -> dict | None:
             damage.append(error)
             continue
         if damage:
-            print(f"warning: {damage[0].what.removesuffix('.')}; going on from the one before it, of iteration "
-                  f"{content['progress']['iteration']}", flush=True)
-        if name == BEFORE:  # what is saved next is to push out the damaged one
+            os.replace(folder / NEWEST, folder / DAMAGED)
+            print(f"warning: {damage[0].what.removesuffix('.')}, it is {DAMAGED} now; going on from the one before it, of "
+                  f"iteration {content['progress']['iteration']}", flush=True)
+        if name == BEFORE:  # what is saved next is to push out no good one
             os.replace(folder / BEFORE, folder / NEWEST)
         return content
     if damage:
@@ -53,5 +55,5 @@ def load(folder: Path, device) -> dict | None:
 
 
 def remove(folder: Path) -> None:
-    for name in NAMES:
+    for name in (*NAMES, DAMAGED):
         (folder / name).unlink(missing_ok=True)

@@ -28,6 +28,9 @@ UNSET = re.compile(r"# CONFIG_([A-Za-z0-9_]+) is not set")
 INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 RATIO = re.compile(r"[0-9]+(/[1-9][0-9]*)?|[0-9]*\.[0-9]+")
+# The first and the last line of what is written in full: a file that has the one must have the other.
+END = "# End of the configuration"
+HEADER = f"# Written by kablate; edit it with make menuconfig. What is whole ends with '{END}'.\n"
 LONGEST_NUMBER = 40  # characters; exact arithmetic on a longer one, or on 1e-99999999, would take forever
 
 
@@ -40,14 +43,23 @@ class Assignment:
     where: str
 
 
+def read_whole(path: Path) -> str:
+    """The text of a .config-style file. One that was cut short is refused: what is left of it would be another study. A file
+    written by hand needs no marks, but cannot be empty."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{shown(path)} cannot be read: {error}.", "check the path and the file's permissions.") from None
+    if HEADER.startswith(text) or (text.startswith(HEADER) and END not in text.splitlines()):
+        raise UserError(f"{shown(path)} is {'cut short' if text else 'empty'}: its end is missing.",
+                        f"restore it (the one before it is {shown(path)}.old), or make defconfig-NAME.")
+    return text
+
+
 def read_layer(path: Path) -> list[Assignment]:
     """Assignments of a .config-style file, each with its line. Anything but assignments and comments is an error."""
     layer, seen = [], {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{shown(path)} cannot be read: {error}.", "check the path and the file's permissions.") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_whole(path).splitlines(), 1):
         line, where = line.strip(), f"{shown(path)}:{number}"
         if match := SET.fullmatch(line):
             name, value = match.groups()
@@ -71,8 +83,8 @@ def read_layer(path: Path) -> list[Assignment]:
 class Schema:
     """The parsed Kconfig files. One instance serves any number of resolves; it holds one configuration at a time."""
 
-    def __init__(self, kconfig: Path = ROOT / "Kconfig"):
-        self.kconf = kconfiglib.Kconfig(str(kconfig), warn_to_stderr=False)
+    def __init__(self, kconfig: Path = ROOT / "Kconfig", parse=kconfiglib.Kconfig):
+        self.kconf = parse(str(kconfig), warn_to_stderr=False)
         # A range on a string is how floats are declared here; kconfiglib keeps it but calls it odd.
         odd = [w for w in self.kconf.warnings if "has ranges, but is not int or hex" not in w]
         if odd:
@@ -167,15 +179,19 @@ class Schema:
     def minimal(self) -> dict[str, str]:
         """The assignments that differ from the defaults; loading them alone gives this configuration again."""
         with tempfile.NamedTemporaryFile("w+", suffix=".config") as file:
-            self.kconf.write_min_config(file.name, header="")
+            self.kconf.write_min_config(file.name, header="# What differs from the defaults.\n")
             return {a.name: a.value for a in read_layer(Path(file.name))}
 
     def text(self) -> str:
         """The full configuration in .config form."""
-        with tempfile.NamedTemporaryFile("w+", suffix=".config") as file:
-            self.kconf.write_config(file.name, header="# Written by kablate; edit it with make menuconfig.\n",
-                                    save_old=False)
-            return Path(file.name).read_text(encoding="utf-8")
+        return full_text(self.kconf)
+
+
+def full_text(kconf) -> str:
+    """What `kconf` holds in .config form, with the marks of a whole file; also where it writes in a way of its own."""
+    with tempfile.NamedTemporaryFile("w+", suffix=".config") as file:
+        kconfiglib.Kconfig.write_config(kconf, file.name, header=HEADER, save_old=False)
+        return Path(file.name).read_text(encoding="utf-8") + f"{END}\n"
 
 
 def _kind(symbol) -> str:

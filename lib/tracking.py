@@ -24,30 +24,35 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def whole_rows(path: Path) -> list[str]:
-    """The lines of a metrics.jsonl that hold a row; a damaged one is left out. None at all if there is no such file."""
+def first_rows(path: Path, number: int) -> list[str]:
+    """Those of the first `number` rows of a metrics.jsonl that are whole: no later one takes the place of a damaged one. None
+    at all if there is no such file."""
     try:
-        lines = path.read_bytes().decode(errors="replace").splitlines()
+        lines = path.read_bytes().decode(errors="replace").split("\n")
     except FileNotFoundError:
         return []
     found = []
     for line in lines:
+        if number <= 0:
+            break
         try:
-            found += [line] if isinstance(json.loads(line), dict) else []
+            whole = isinstance(json.loads(line), dict)
         except (ValueError, RecursionError):
-            pass  # cut short, or not written by us
+            whole = False  # cut short, or not written by us
+        found += [line] if whole else []
+        number -= 1 if whole else max(1, line.count('"iteration"'))  # two, where the newline between them is damaged
     return found
 
 
 class MetricsLog:
-    """Appends rows to `folder`/metrics.jsonl, keeping the first `keep` rows of what is there."""
+    """Appends rows to `folder`/metrics.jsonl, keeping what is whole of the first `keep` rows there."""
 
     def __init__(self, folder: Path, keep: int = 0, tracker=None):
         path = Path(folder) / "metrics.jsonl"
-        kept = whole_rows(path)[:keep] if keep else []
+        kept = first_rows(path, keep)
         if len(kept) < keep:
-            print(f"warning: {path} holds only {len(kept)} of the {keep} rows written before; the curves have a gap, but the "
-                  "result does not depend on them", flush=True)
+            print(f"warning: {path} holds only {len(kept)} whole rows of the {keep} written before; the curves have a gap, but "
+                  "the result does not depend on them", flush=True)
         atomic.write_text(path, "".join(line + "\n" for line in kept))
         self.file = open(path, "a")  # noqa: SIM115 open until close()
         self.count, self.tracker = len(kept), tracker

@@ -6,13 +6,16 @@ $KCONFIG_CONFIG names another file than .config; NAME another study for savedefc
 import argparse
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+
+import kconfiglib
 
 from lib import atomic
 from lib.cells import steps_of
 from lib.config import Study, defconfig_names
 from lib.errors import UserError, reported
-from lib.kconfig import SET, UNSET, Schema, read_layer
+from lib.kconfig import SET, UNSET, Schema, full_text, read_layer, read_whole
 from lib.paths import ROOT, shown
 
 
@@ -23,17 +26,27 @@ def config_path() -> Path:
 def defconfig(name: str) -> None:
     """Write .config from a study and fragments."""
     study = Study(name)
-    write_config(study)
+    write_config(study.text())
     steps = " ".join(steps_of(study))
     print(f"{shown(config_path())} is now {name}: steps {steps}")
 
 
-def write_config(study: Study) -> None:
-    """Write .config of a study; the old one is kept as .config.old."""
-    path = config_path()
+@contextmanager
+def disk_named(place: str = ""):
+    """What the disk refuses, as a sentence on `place` (default: .config)."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{place or shown(config_path())} cannot be read or written: {error.strerror}.",
+                        "check its folder and permissions ($KCONFIG_CONFIG names another .config).") from None
+
+
+def write_config(text: str, path: Path | None = None) -> None:
+    """Write .config (or another `path`), whole or not at all; the old one is kept beside it as .old."""
+    path = (path or config_path()).resolve()  # a link stays a link
     if path.exists():
         atomic.write_bytes(path.with_name(path.name + ".old"), path.read_bytes())
-    atomic.write_text(path, study.text())
+    atomic.write_text(path, text)
 
 
 def savedefconfig(name: str) -> None:
@@ -73,11 +86,29 @@ def assignment(symbol: str, value: str, kind: str) -> str:
     return f'CONFIG_{symbol}="{escaped}"'
 
 
+class Whole(kconfiglib.Kconfig):
+    """What kconfiglib's tools write through it is whole or not there: its own way is to empty the file and then fill it."""
+
+    def write_config(self, filename=None, header=None, save_old=True, verbose=None) -> str:
+        path, text = Path(filename or config_path()), full_text(self)
+        if path.exists() and path.read_bytes() == text.encode():
+            return f"No change to configuration in '{path}'"
+        write_config(text, path)
+        return f"Configuration saved to '{path}'"
+
+    def write_min_config(self, filename, header=None) -> str:
+        with atomic.replacing(filename) as temporary:
+            super().write_min_config(str(temporary), header)
+        return f"Minimal configuration saved to '{filename}'"
+
+
 def tool(name: str) -> None:
     """One of kconfiglib's tools, on a parse that keeps quiet about ranges on strings (that is how floats are declared)."""
-    schema = Schema()
+    schema = Schema(parse=Whole)
     kconf = schema.kconf
     os.environ["KCONFIG_CONFIG"] = str(config_path())
+    if config_path().exists():
+        read_whole(config_path())  # kconfiglib would complete what was cut short with defaults
     if name in ("menuconfig", "nconfig"):
         import menuconfig
 
@@ -131,19 +162,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.goal == "defconfig" and not args.study:
         parser.error("defconfig needs the name of a study")
-    try:
+    with disk_named("defconfigs" if args.goal == "savedefconfig" else ""):
         if args.goal == "defconfig":
             defconfig(args.study)
         elif args.goal == "savedefconfig":
             savedefconfig(os.environ.get("NAME", ""))
         else:
             tool(args.goal)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:
-        place = "defconfigs" if args.goal == "savedefconfig" else shown(config_path())
-        raise UserError(f"{place} cannot be read or written: {error.strerror}.",
-                        "check its folder and permissions ($KCONFIG_CONFIG names another .config).") from None
 
 
 if __name__ == "__main__":

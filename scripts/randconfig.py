@@ -22,7 +22,7 @@ from lib.errors import UserError, reported
 from lib.kconfig import BOOKKEEPING, BUDGET, Assignment, Schema, in_menu, read_layer
 from lib.paths import shown
 from lib.steps import step_files
-from scripts.kconfig import assignment, config_path, write_config
+from scripts.kconfig import assignment, config_path, disk_named, write_config
 
 TRIES = 1000
 KEPT = ("SEED", "INIT_FROM_STEP", "EVALUATE_ONLY", "BATCH_SIZE_AUTO", *BUDGET)  # those of a step or of the machine
@@ -131,7 +131,8 @@ def randconfig(name: str, seed: str) -> None:
             study = study_of(text, schema)
         except UserError:
             continue
-        write_config(study)
+        with disk_named():
+            write_config(study.text())
         print(f"{shown(config_path())} is random now, with what {name} sets: steps {' '.join(steps_of(study))}\n"
               f"KCONFIG_SEED={seed} make randconfig makes it again ({number} draws were refused before it)")
         return

@@ -1,5 +1,7 @@
 """Files are whole or absent, whatever happens while they are written."""
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -7,6 +9,8 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
+import threading
 
 import pytest
 
@@ -117,3 +121,51 @@ def test_the_old_file_is_kept_only_once_the_new_one_is_whole(tmp_path):
     with atomic.replacing(path, before) as temporary:
         temporary.write_text("3")
     assert (path.read_text(), before.read_text()) == ("3", "1")
+
+
+def test_what_is_removed_before_its_writer_has_locked_it_is_made_again(tmp_path, monkeypatch):
+    real, taken = fcntl.flock, []
+
+    def flock(handle, operation):
+        if operation == fcntl.LOCK_EX and not taken:  # the writer's: somebody cleans up in the instant before it
+            taken.extend(names(tmp_path))
+            atomic.remove_orphans(tmp_path)
+        return real(handle, operation)
+
+    monkeypatch.setattr(atomic.fcntl, "flock", flock)
+    with atomic.replacing(tmp_path / "file") as temporary:
+        assert taken and names(tmp_path) == [temporary.name] != taken
+        temporary.write_text("whole")
+    assert names(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "whole"
+
+
+def test_a_writer_waits_for_who_looks_at_its_file_and_is_no_orphan_then(tmp_path, monkeypatch):
+    """Where the other one has the lock when the writer asks for it."""
+    real, held = tempfile.mkstemp, []
+
+    def mkstemp(**options):
+        handle, name = real(**options)
+        other = os.open(name, os.O_RDWR)
+        fcntl.flock(other, fcntl.LOCK_EX)
+        held.append(threading.Timer(0.3, lambda: (held.append("let go"), os.close(other))))
+        held[0].start()
+        return handle, name
+
+    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    with atomic.replacing(tmp_path / "file") as temporary:
+        assert held[1:] == ["let go"]
+        atomic.remove_orphans(tmp_path)
+        assert temporary.exists()
+        temporary.write_text("whole")
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_file_system_without_locks_can_be_written_and_keeps_its_orphans(tmp_path, monkeypatch):
+    def none(handle, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(atomic.fcntl, "flock", none)
+    (tmp_path / ".x.tmp").touch()
+    atomic.write_text(tmp_path / "file", "x")
+    atomic.remove_orphans(tmp_path)
+    assert names(tmp_path) == [".x.tmp", "file"]

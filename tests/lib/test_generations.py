@@ -1,13 +1,18 @@
 """Two checkpoints a cell: whatever happens to the newest, the one before it is there and good."""
 
+import errno
 import os
 
 import pytest
+import torch
 
 from lib import atomic, checkpoint, generations
 from tests.harness import refusal
 
 NEWEST, BEFORE = generations.NAMES
+TOO_LITTLE_MEMORY = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory"),
+                     RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+                     OSError(errno.ENOMEM, "Cannot allocate memory")]
 
 
 def save(folder, *iterations):
@@ -44,11 +49,27 @@ def test_a_damaged_newest_falls_back_with_one_sentence_and_is_pushed_out(tmp_pat
     assert iteration(tmp_path) == 10
     said = capsys.readouterr().out
     assert said.startswith(f"warning: {tmp_path}/{NEWEST} cannot be read: ") and said.count("\n") == 1
-    assert said.endswith("; going on from the one before it, of iteration 10\n")
+    assert said.endswith(", it is checkpoint.damaged.pt now; going on from the one before it, of iteration 10\n")
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.damaged.pt", NEWEST]
+    with pytest.raises(checkpoint.Damaged):
+        checkpoint.load(tmp_path / "checkpoint.damaged.pt")
     save(tmp_path, 30)
     assert iteration(tmp_path) == 30
     damage(tmp_path / NEWEST)
     assert iteration(tmp_path) == 10, "the good one was not pushed out by the damaged one"
+    generations.remove(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", TOO_LITTLE_MEMORY)
+def test_too_little_memory_costs_no_checkpoint(tmp_path, monkeypatch, capsys, error):
+    save(tmp_path, 10, 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)):
+            generations.load(tmp_path, "cpu")
+    assert iteration(tmp_path) == 20 and capsys.readouterr().out == ""
+    assert sorted(os.listdir(tmp_path)) == sorted(generations.NAMES)
 
 
 def test_a_process_that_died_between_the_two_renames_has_lost_nothing(tmp_path, monkeypatch, capsys):

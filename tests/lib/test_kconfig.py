@@ -1,11 +1,13 @@
 """The schema: what a layer of assignments may say, and that what it says is what then holds."""
 
+import itertools
 import re
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lib.config import Study
 from lib.errors import UserError
 from lib.kconfig import Assignment, Schema, canonical, read_layer
 from tests.harness import ROOT, refusal
@@ -26,12 +28,28 @@ def value_of(name, *layers):
     return apply(*layers)[name]
 
 
+def test_a_file_that_was_written_whole_is_refused_wherever_it_is_cut(tmp_path):
+    path, text = tmp_path / "cut.config", Study("gpt2-ra-ablation", schema=SCHEMA).text()
+    lines = text.splitlines(keepends=True)
+    for at in {0, 1, len(lines[0]) - 1, len(text) - 2, *itertools.accumulate(map(len, lines[:-1]))}:
+        path.write_text(text[:at])
+        what, run = refusal(read_layer, path)
+        assert what == f"{path} is {'cut short' if at else 'empty'}: its end is missing." and f"{path}.old" in run
+    for added in ("", "CONFIG_ODD=1\n", "\n# mine\n"):
+        path.write_text(text + added)
+        assert len(read_layer(path)) > 100, "what is added by hand does not matter"
+    path.write_text("".join(line for line in lines if "CONFIG" in line)[:2000].rpartition("\n")[0])
+    assert read_layer(path), "what is written by hand needs no marks"
+    path.write_text("# Written by kablate; edit it with make menuconfig.\nCONFIG_SEED=5\n")
+    assert read_layer(path), "nor does what was written before there were any"
+
+
 @pytest.mark.parametrize("content, expected", [
     ("CONFIG_A=y\n\n# comment\n  CONFIG_B=3  \n# CONFIG_C is not set\n", [("A", "y", 1), ("B", "3", 4), ("C", "n", 5)]),
     ('CONFIG_S="a \\"b\\" \\\\ c"\r\n', [("S", 'a "b" \\ c', 1)]),
     ('CONFIG_S=""\nCONFIG_T="# CONFIG_U is not set"', [("S", "", 1), ("T", "# CONFIG_U is not set", 2)]),
     ("# CONFIG_GPT2_MAX_ITERS=10400\n", []),
-    ("", []),
+    ("\n", []),
 ])
 def test_a_layer_is_its_assignments_with_their_lines(tmp_path, content, expected):
     path = tmp_path / "layer"

@@ -57,15 +57,36 @@ def test_wandb_offline(tmp_path, monkeypatch):
 
 def test_a_resumed_log_drops_damaged_rows_and_says_so(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"iteration": 1}\n{"iterat\n\xff[]\n{"iteration": 4}\n{"iteration": 5}\n')
+    path.write_bytes(b'{"iteration": 1}\n{"iterat\n\xff[]\n{"iteration": 4}\n{"iteration": 5}\n{"iteration": 6, "stale": 1}\n')
     log = MetricsLog(tmp_path, keep=5)
     log.row(iteration=6)
     log.close()
     assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [1, 4, 5, 6] and log.count == 4
-    assert "metrics.jsonl holds only 3 of the 5 rows written before" in capsys.readouterr().out
+    assert "metrics.jsonl holds only 3 whole rows of the 5 written before" in capsys.readouterr().out
     MetricsLog(tmp_path, keep=2).close()
     assert len(path.read_text().splitlines()) == 2 and capsys.readouterr().out == ""
     path.unlink()
     log = MetricsLog(tmp_path, keep=2)
     log.close()
-    assert log.count == 0 and "holds only 0 of the 2 rows" in capsys.readouterr().out
+    assert log.count == 0 and "holds only 0 whole rows of the 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damaged", [b'{"iteration" 3}\n', b'{"iteration": 3\x0b\n', b"\n", b"[3]\n"])
+def test_no_row_after_the_checkpoint_takes_the_place_of_a_damaged_one(tmp_path, capsys, damaged):
+    """As a resumed run finds it: ten rows, and one more that it computes again."""
+    path, rows = tmp_path / "metrics.jsonl", [b'{"iteration": %d}\n' % number for number in range(1, 12)]
+    rows[2] = damaged
+    path.write_bytes(b"".join(rows))
+    log = MetricsLog(tmp_path, keep=10)
+    log.row(iteration=11)
+    log.close()
+    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [1, 2, *range(4, 12)]
+    assert "holds only 9 whole rows of the 10 written before" in capsys.readouterr().out
+
+
+def test_a_damaged_newline_costs_its_two_rows_only(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"iteration": 1}\n{"iteration": 2}\x1a{"iteration": 3}\n{"iteration": 4}\n{"iteration": 5}\n')
+    MetricsLog(tmp_path, keep=4).close()
+    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [1, 4]
+    assert "holds only 2 whole rows of the 4" in capsys.readouterr().out

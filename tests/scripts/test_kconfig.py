@@ -1,9 +1,14 @@
 """The configuration goals, run as make runs them, on a .config of the test's own."""
 
+import errno
+import os
+
 import pytest
 
+import scripts.kconfig
 from lib.config import Study, defconfig_names
-from lib.kconfig import read_layer
+from lib.errors import UserError
+from lib.kconfig import Schema, read_layer
 from tests.harness import ROOT, copy_tree, run
 
 STUDIES = sorted(defconfig_names())
@@ -60,6 +65,51 @@ def test_a_place_that_cannot_be_written(tmp_path):
     expected = (f"error: {tmp_path}/file/x cannot be read or written: Not a directory.\n"
                 "  try: check its folder and permissions ($KCONFIG_CONFIG names another .config).\n")
     assert refused("defconfig", "gpt2-ra-ablation", KCONFIG_CONFIG=tmp_path / "file/x") == expected
+
+
+def test_what_kconfiglibs_tools_write_is_whole_or_not_there(dotconfig, monkeypatch):
+    """On a disk that is full: kconfiglib would have emptied the file, and its .old would be all there is."""
+    path = dotconfig("SEED=5")
+    before, schema = {p.name: p.read_bytes() for p in path.parent.iterdir()}, Schema(parse=scripts.kconfig.Whole)
+    kconf = schema.kconf
+    kconf.load_config(str(path))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        for write in (kconf.write_config, kconf.write_min_config):  # as menuconfig calls them
+            with pytest.raises(OSError, match="No space left"):
+                write(str(path))
+        with pytest.raises(UserError, match="dot.config cannot be read or written: No space left on device."):
+            patch.setattr("sys.argv", ["kconfig", "olddefconfig"])
+            scripts.kconfig.main()
+    assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == before
+    assert kconf.write_config(str(path)) == f"Configuration saved to '{path}'"
+    assert kconf.write_config(str(path)) == f"No change to configuration in '{path}'"
+    assert path.read_text() == schema.text() and "CONFIG_SEED=5\n" in schema.text()
+    assert (path.parent / "dot.config.old").read_bytes() == before["dot.config"]
+    assert kconf.write_min_config(str(path)) == f"Minimal configuration saved to '{path}'"
+    assert [a.name for a in read_layer(path)] == ["SEED"]
+
+
+def test_a_link_stays_one(dotconfig, tmp_path):
+    path = dotconfig("SEED=5")
+    (tmp_path / "link").symlink_to(path)
+    ok("olddefconfig", KCONFIG_CONFIG=tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and "CONFIG_BATCH_SIZE=8\n" in path.read_text()
+
+
+@pytest.mark.parametrize("goal", ["olddefconfig", "oldconfig", "listnewconfig", "menuconfig", "savedefconfig"])
+def test_a_dotconfig_that_was_cut_short_is_refused_and_stays(dotconfig, goal):
+    """At the end of a line, where what is left reads well; kconfiglib would fill it up with defaults."""
+    path = dotconfig()
+    ok("defconfig", "gpt2-ra-ablation")
+    text = path.read_text()
+    path.write_text(text[:text.index("\n", len(text) // 2) + 1])
+    before = path.read_text()
+    assert refused(goal) == (f"error: {path} is cut short: its end is missing.\n"
+                             f"  try: restore it (the one before it is {path}.old), or make defconfig-NAME.\n")
+    assert path.read_text() == before
+    ok("defconfig", "gpt2-ra-ablation")
+    assert path.read_text() == text
 
 
 # savedefconfig

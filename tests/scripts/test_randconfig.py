@@ -8,7 +8,7 @@ from lib.config import Study
 from lib.errors import UserError
 from lib.kconfig import Schema
 from scripts import randconfig
-from tests.harness import refusal, run_here
+from tests.harness import refusal, run, run_here
 
 SCHEMA = Schema()
 FIXED = randconfig.fixed_by("gpt2-ra-ablation+tiny")
@@ -24,6 +24,14 @@ def test_a_random_study_is_written_and_holds(dotconfig, monkeypatch):
     assert study.name.startswith("random-7") and study.config.DATASET == "pystdlib" and study.config.ABLATION_STEPS
     run_here("-m", "scripts.randconfig")
     assert path.read_text() == first, "the same seed, the same study"
+
+
+def test_a_place_that_cannot_be_written_is_two_lines(tmp_path):
+    (tmp_path / "file").touch()
+    done = run("scripts.randconfig", KCONFIG_CONFIG=tmp_path / "file/x", KCONFIG_SEED="7")
+    assert done.returncode == 2 and done.stderr == (
+        f"error: {tmp_path}/file/x cannot be read or written: Not a directory.\n"
+        "  try: check its folder and permissions ($KCONFIG_CONFIG names another .config).\n")
 
 
 @pytest.mark.parametrize("seed", ["-1", "x", "1.5", "1" * 19, "\u0661"])
