@@ -26,7 +26,7 @@ KVSPLICE_FLAGS = {f"--kvsplice-{name}": f"KVSPLICE_{name.upper().replace('-', '_
 sys.path[0] = str(ROOT)  # run as a script, Python puts gpt2/ there, and modules would be found under two names
 
 from lib import failures  # noqa: E402
-from lib.config import Resolved, Study, announce, environment_overrides  # noqa: E402
+from lib.config import Resolved, Study, announce, environment_overrides, identity_changes  # noqa: E402
 from lib.errors import UserError, reported  # noqa: E402
 from lib.kconfig import BUDGET, Assignment  # noqa: E402
 
@@ -103,7 +103,6 @@ def run_by_hand(resolved: Resolved, step: str, folder: Path) -> int:
     """One cell outside any study's folder, prepared the way make prepares it."""
     from lib import results
     from lib.cells import Cell
-    from lib.config import identity_changes
     from lib.launch import prepare
 
     cell = Cell(step, resolved.config.OPTIMIZER, resolved.config.SEED, folder.name, resolved)
@@ -129,7 +128,7 @@ def run_cell(folder: Path) -> int:
 
     process.die_with_launcher()
     provenance = read_provenance(folder)
-    cfg = Study(config=folder / ".config").config
+    cfg = planned_configuration(folder, provenance["identity"])
     try:
         return train_cell(folder, cfg, provenance)
     except (MemoryError, RuntimeError, OSError) as error:
@@ -141,6 +140,18 @@ def run_cell(folder: Path) -> int:
                       f"{cfg.GPT2_GRADIENT_ACCUMULATION} times a step)")
             results.write(folder, provenance, "failed", reason, peak_memory_bytes=peak, configuration=cfg.as_json())
         raise
+
+
+def planned_configuration(folder: Path, identity: dict):
+    """What FOLDER/.config says, if that is what the cell was planned with; otherwise its result would stand for another's."""
+    study = Study(config=folder / ".config")
+    found = study.resolve().identity
+    # What the cell has of its parent is not in its own .config.
+    planned = {part: {n: v for n, v in identity[part].items() if not n.startswith("PARENT.")} for part in ("set", "default")}
+    if changes := identity_changes(planned, found):
+        raise UserError(f"{folder}/.config is not what the cell was planned with: {'; '.join(changes)}.",
+                        "make RETRY=1, which writes it anew.")
+    return study.config
 
 
 def train_cell(folder: Path, cfg, provenance: dict) -> int:

@@ -166,14 +166,14 @@ def other_seeds(study: Study, out: Path, seeds: list[int]) -> list[int]:
     return sorted(seed for seed in found - set(seeds) if seed < SEED_LIMIT)
 
 
-def inspect(out: Path, cell: Cell) -> Status:
-    """What the disk says of this cell. Reads only."""
+def inspect(out: Path, cell: Cell, held: bool = False) -> Status:
+    """What the disk says of this cell. Reads only. `held`: we ourselves hold its lock."""
     folder = out / cell.name
     if not os.path.isdir(folder):  # also False for a path that is too long, which Path.is_dir raises for
         return Status("planned", "never ran")
     record = results.read(folder)
     if record is None:
-        if is_locked(folder):
+        if not held and is_locked(folder):
             return _held(folder, cell)
         if not generations.there(folder):
             return Status("interrupted", "its process ended before its first checkpoint, so it starts anew")

@@ -1,6 +1,6 @@
 """Why a cell failed, in one line that begins with the kind of failure, and what to do about it.
 
-Kinds: "out of memory", "disk", "timeout", "signal N", "exception", "refused" (bad input, in the cell's own sentence) and
+Kinds: "out of memory", "disk", "timeout", "signal N", "exception", "refused" (bad input, in the cell's own two sentences) and
 "exit status N" for what says nothing of itself. The launcher takes the line from the cell's log and exit status; a cell that
 runs out of memory writes it itself, because nobody else knows its peak.
 """
@@ -14,6 +14,7 @@ import sys
 import traceback
 
 from lib import process
+from lib.errors import EXIT_BAD_INPUT
 
 MEMORY, DISK = "out of memory", "disk"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
@@ -64,15 +65,24 @@ def from_log(text: str, code: int) -> str:
     last = lines[-1].strip() if lines else "it printed nothing"
     if code < 0:
         return _short(f"signal {-code} ({signal.Signals(-code).name}): {last}")
-    for line in reversed(lines[-50:]):
-        if line.startswith("error: "):
-            return _short(f"refused: {line.removeprefix('error: ')}")
+    if code == EXIT_BAD_INPUT and (refusal := _refusal(lines[-50:])):  # a compiler also prints lines that begin so
+        return refusal
     raised = _exception(lines)
     if code == process.EXIT_DISK or (raised and DISK_TEXT.search(raised)):
         return _short(f"{DISK}: {raised or last}")
     if raised and MEMORY_TEXT.search(raised) or re.match(r"(\w+\.)*(MemoryError|OutOfMemoryError)\b", raised or ""):
         return _short(f"{MEMORY}: {raised}")
     return _short(f"exception: {raised}" if raised else f"exit status {code}: {last}")
+
+
+def _refusal(lines: list[str]) -> str | None:
+    """The last error that lib.errors has printed: what is wrong, and what to run."""
+    for number in reversed(range(len(lines))):
+        if lines[number].startswith("error: "):
+            what, after = lines[number].removeprefix("error: "), " ".join(lines[number + 1:number + 2]).strip()
+            run = _short(f" {after}".rstrip("."), LONGEST // 2) if after.startswith("try: ") else ""
+            return " ".join(filter(None, (_short(f"refused: {what}", LONGEST - len(run) - 1), run)))
+    return None
 
 
 def _exception(lines: list[str]) -> str | None:
@@ -99,5 +109,7 @@ def advice(state: str, reason: str, resumable: bool) -> str:
         return "a result, which make RETRY=1 keeps too"
     if state != "failed":
         return ""
+    if reason.startswith("refused:"):  # it says itself what to do, and would be refused again as it is
+        return "" if "make RETRY=1" in reason else "once that is mended, make RETRY=1 runs it again"
     found = next((text for name, text in AGAIN.items() if reason.startswith(f"{name}:")), "make RETRY=1 runs it again")
     return found + (", from its checkpoint" if resumable else "")

@@ -8,9 +8,11 @@ says where each of its threads was. A cell that still stops, because its make wa
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -36,9 +38,13 @@ PLAIN_LINE_SECONDS = 60.0  # how often a cell reports where there is no terminal
 
 
 def read_plan(plan: Path, seed: int, folder: Path, parent: str | None) -> Cell:
-    """The cell that a plan file describes, under `seed`."""
+    """The cell that a plan file describes, under `seed`. The file is named by the hash of its content: a value that has changed
+    since must not be run, and recorded, as what was planned."""
     try:
-        content = json.loads(plan.read_bytes())
+        written = plan.read_bytes()
+        if hashlib.sha256(written).hexdigest()[:16] != plan.stem:
+            raise ValueError("its content does not have the hash in its name")
+        content = json.loads(written)
         kinds = {str: ("step", "optimizer", "study", "trainer", "config"), dict: ("identity", "symbols", "limits")}
         wrong = [key for kind, keys in kinds.items() for key in keys if not isinstance(content[key], kind)]
         wrong += [key for key in process.LIMITS if type(content["limits"][key]) is not int]
@@ -60,8 +66,8 @@ def prepare(folder: Path, cell: Cell) -> None:
     atomic.write_json(folder / "provenance.json", cell.provenance())
 
 
-def run(folder: Path, plan: Path, seed: int, position: str, parent: str | None) -> int:
-    """Run the cell in `folder`; `position` is "3/7" for the display."""
+def run(folder: Path, plan: Path, seed: int, position: str, parent: str | None, retry: bool = False) -> int:
+    """Run the cell in `folder`; `position` is "3/7" for the display. One that has failed is run only with `retry`."""
     cell = read_plan(plan, seed, folder, parent)
     title = f"{position:>7}  {cell.step} seed {seed}"
     make = process.number_in(process.MAKE_VARIABLE)
@@ -71,10 +77,10 @@ def run(folder: Path, plan: Path, seed: int, position: str, parent: str | None) 
         known = results.read(folder)
         with _locked(folder, title, cell.resolved.config.STOP_SECONDS, watch) as lock:
             if record := results.read(folder):
-                if record["state"] != "failed" or known is None:
-                    print(f"{title}: another make has finished it meanwhile")
+                if record["state"] != "failed" or not retry or known is None:  # None: another make has retried it already
+                    print(f"{title}: another make has finished it meanwhile ({record['state']})")
                     return 0
-                (folder / results.NAME).unlink()  # the plan lists a failed cell only when it is to run again
+                (folder / results.NAME).unlink()
             atomic.remove_orphans(folder)
             prepare(folder, cell)
             return _run_locked(folder, cell, title, position, watch, lock)
@@ -163,10 +169,13 @@ def _run_locked(folder: Path, cell: Cell, title: str, position: str, watch: proc
             raise
     _signal(child, signal.SIGKILL, group=True)  # helpers of the cell, if it left any
     life.close()
-    reason = hung
+    reason, measured = hung, {}
     if child.returncode == -signal.SIGKILL and not killing and kills is not None and process.memory_kills() > kills:
-        reason = f"{failures.MEMORY}: killed by signal 9 while the kernel, short of memory, was killing processes"
-    conclude(folder, cell, title, display, child.returncode, log_start, time.monotonic() - begun, reason)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # of the largest process of the cell
+        reason = (f"{failures.MEMORY}: killed by signal 9 while the kernel, short of memory, was killing processes "
+                  f"(peak {peak / 2 ** 30:.1f} GiB)")
+        measured = {"peak_memory_bytes": peak}
+    conclude(folder, cell, title, display, child.returncode, log_start, time.monotonic() - begun, reason, **measured)
     return 128 + asked[0][0] if asked else 0
 
 
@@ -178,13 +187,14 @@ def _signal(child: subprocess.Popen, number: int, group: bool = False) -> None:
 
 
 def conclude(folder: Path, cell: Cell, title: str, display, code: int, log_start: int, seconds: float,
-             reason: str | None) -> None:
+             reason: str | None, **measured) -> None:
     """Say how the cell ended, and write the record of one that failed. `code` is its exit status, -N for signal N; `reason` is
-    what the launcher itself knows of why, which the log (from byte `log_start` on) does not say."""
+    what the launcher itself knows of why, which the log (from byte `log_start` on) does not say, and `measured` what it knows
+    besides."""
     record = results.read(folder)
     if record is None and (reason or code not in (0, process.EXIT_INTERRUPTED) and code >= 0 or -code in CRASHES):
         written = (folder / "training.log").read_bytes()[log_start:].decode(errors="replace")
-        record = results.write(folder, cell.provenance(), "failed", reason or failures.from_log(written, code))
+        record = results.write(folder, cell.provenance(), "failed", reason or failures.from_log(written, code), **measured)
     log = shown(folder / "training.log")
     if record is None:
         again = "resumes it" if generations.there(folder) else "starts it anew"

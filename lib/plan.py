@@ -1,10 +1,12 @@
 """The plan: which cells must run, why, and the makefile that runs them.
 
-Invariants: a done cell's folder is never touched; a stale one is archived, never overwritten; nothing is written unless
+Invariants: a done cell's result is never touched; a stale cell is archived, never overwritten; a folder is moved or cleaned
+only under its lock, after a second look at it, because another make may work in it since the first; nothing is written unless
 `write` is called. The resolved configuration of each step is stored in OUT/plan/ under its own hash, so a plan that is
 running is not changed by a later one.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lib import atomic, batch_size, design, looks, process, tuning
+from lib import atomic, batch_size, design, generations, looks, process, results, tuning
 from lib.cells import FINISHED, LONGEST_NAME, Cell, Status, baseline, expand, inspect, other_seeds, seeds_of, steps_of, whole
 from lib.config import Study, environment_overrides, identity_changes
 from lib.errors import UserError
@@ -21,6 +23,7 @@ from lib.kconfig import BUDGET, Assignment
 from lib.paths import ROOT, shown
 
 LONGEST_PATH = 3000  # systems end at 4096, and cells lie below it
+LOCK_SECONDS = 1.0  # another plan that looks whether a cell runs holds its lock for an instant
 RUNS = ("planned", "interrupted", "stale")
 SAFE_PATH = re.compile(r"[A-Za-z0-9_.+/-]+")
 
@@ -176,17 +179,21 @@ class Plan:
         return wanted
 
     def write(self) -> Path:
-        """Archive stale cells, put the design on record, and write OUT/cells.mk with what must run; returns its path."""
-        must_run = [cell for cell, _, runs in self.rows() if runs]
+        """Archive stale cells, put the design on record, and write OUT/cells.mk with what must run; returns its path. A stale
+        cell that another make has taken up since the plan was made is left to it, and has its state of now from then on."""
         history = self.history
         try:
             (self.out / "plan").mkdir(parents=True, exist_ok=True)
             for folder in (self.out, self.out / "plan"):
                 atomic.remove_orphans(folder)
             design.write(self.out, history)
-            for cell in must_run:
-                if self.status[cell.name].state == "stale":
-                    archive(self.out, cell.name)
+            for cell, status, runs in self.rows():
+                if runs and status.state == "stale":
+                    self.status[cell.name] = archive_stale(self.out, cell) or status
+            for name, status in self.status.items():
+                if status.state in FINISHED:
+                    remove_checkpoints(self.out / name)
+            must_run = [cell for cell, _, runs in self.rows() if runs]
             makefile = self.out / "cells.mk"
             atomic.write_text(makefile, self._makefile(must_run))
         except OSError as error:
@@ -209,7 +216,8 @@ class Plan:
             parent = f" {targets[cell.parent]}" if cell.parent in targets else ""
             lines.append(f"{targets[cell.name]}: FORCE{parent}\n\t$(Q)$(PYTHON) -m scripts.cell {out}/{cell.name} "
                          f"--plan {stored[id(cell.resolved)]} --seed {cell.seed} --of {number}/{len(must_run)}"
-                         + (f" --parent {cell.parent}" if cell.parent else ""))
+                         + (f" --parent {cell.parent}" if cell.parent else "")
+                         + (" --retry" if self.status[cell.name].state == "failed" else ""))
         return "\n".join(lines) + "\n"
 
     def _afterwards(self, must_run: list[Cell]) -> str:
@@ -284,3 +292,31 @@ def archive(out: Path, name: str) -> None:
     while (target := out / "archive" / f"{name}.{number}").exists():
         number += 1
     (out / name).rename(target)
+
+
+def archive_stale(out: Path, cell: Cell) -> Status | None:
+    """Archive a cell that was found stale; its state of now, if it is so no longer or another make is at work in its folder."""
+    from filelock import FileLock, Timeout
+
+    if not (out / cell.name).is_dir():  # archived by another make, which has not begun it yet; a lock would make it anew
+        return inspect(out, cell)
+    try:
+        with FileLock(out / cell.name / ".lock", timeout=LOCK_SECONDS):
+            status = inspect(out, cell, held=True)
+            if status.state == "stale":
+                archive(out, cell.name)
+                return None
+            return status
+    except Timeout:
+        return Status("running", "another make is at work in its folder")
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove those of a finished cell, if there are any: it was killed between its result and the end of its process."""
+    if not any(os.path.exists(folder / name) for name in (*generations.NAMES, generations.DAMAGED)):
+        return
+    from filelock import FileLock, Timeout
+
+    with contextlib.suppress(Timeout, OSError), FileLock(folder / ".lock", timeout=0):  # the next plan tries again
+        if (record := results.read(folder)) and record["state"] in FINISHED:
+            generations.remove(folder)

@@ -15,8 +15,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, required=True, help="the cell's seed")
     parser.add_argument("--of", default="1/1", metavar="N/TOTAL", help="its place among the cells that run, for display")
     parser.add_argument("--parent", help="folder name of the cell whose model it starts from")
+    parser.add_argument("--retry", action="store_true", help="run it again if it has failed: it was planned so")
     args = parser.parse_args()
-    return run(args.folder, args.plan, args.seed, args.of, args.parent)
+    return run(args.folder, args.plan, args.seed, args.of, args.parent, args.retry)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ def main() -> None:
     if args.write:
         check_data(plan)
         plan = find_micro_batch(plan)
+        path = plan.write()  # before the rows: it looks again at what it archives
     rows = [[cell.name, status.state, "run" if runs else "keep", because(plan, cell, status)]
             for cell, status, runs in plan.rows()]
     if not args.write:
@@ -104,7 +105,6 @@ def main() -> None:
         for sentence in warnings(plan):
             print(f"note: {sentence}")
         return
-    path = plan.write()
     if args.reasons:
         print(table(["cell", "state", "now", "because"], rows), end="", file=sys.stderr)
     running = [r for r in rows if r[2] == "run"]

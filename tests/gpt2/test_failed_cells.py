@@ -17,7 +17,7 @@ from lib.config import Study
 from lib.kconfig import Assignment
 from lib.launch import prepare
 from tests.harness import ROOT
-from tests.lib.test_launch import wait_for
+from tests.lib.test_launch import stored, wait_for
 
 SHORT = {"GPT2_MAX_ITERS": "8", "GPT2_BLOCK_SIZE": "32", "BATCH_SIZE": "2", "GPT2_EVAL_SAMPLES": "2", "GPT2_LOG_INTERVAL": "4"}
 INJECTED = """import runpy, sys, time
@@ -54,10 +54,10 @@ def test_a_cell_that_runs_out_of_memory_says_so_with_its_peak_and_batch(tmp_path
     """Under the launcher, as make runs it; the batch is what was configured, before and after."""
     one = resolved()
     full = 'raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")'
-    (tmp_path / "plan.json").write_text(json.dumps({
+    plan = stored(tmp_path, json.dumps({
         "step": "V0", "optimizer": "adamwspam", "study": "s", "trainer": trainer(tmp_path, full), "config": one.text,
         "identity": one.identity, "symbols": {}, "limits": {"CELL_TIMEOUT": 300, "STOP_SECONDS": 60}}))
-    done = subprocess.run([sys.executable, "-m", "scripts.cell", str(tmp_path / "cell"), "--plan", str(tmp_path / "plan.json"),
+    done = subprocess.run([sys.executable, "-m", "scripts.cell", str(tmp_path / "cell"), "--plan", str(plan),
                            "--seed", "7"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     record = results.read(tmp_path / "cell")
     assert done.returncode == 0 and "V0 seed 7: failed: out of memory: " in done.stdout, done.stdout + done.stderr

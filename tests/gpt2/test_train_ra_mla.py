@@ -12,7 +12,7 @@ from lib.cells import Cell, expand
 from lib.config import Study
 from lib.kconfig import Assignment
 from lib.launch import prepare
-from tests.harness import TINY, finish, run_here
+from tests.harness import TINY, finish, replace, run_here
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = [f"--set={s}" for s in ("GPT2_MAX_ITERS=2", "GPT2_BLOCK_SIZE=32", "BATCH_SIZE=2", "GPT2_EVAL_SAMPLES=2")]
@@ -74,6 +74,21 @@ def test_a_parent_without_a_model_is_refused_with_what_to_do(tmp_path, dotconfig
     child = prepared(tmp_path / "test_V1_adamwspam_none", "V1", INIT_FROM_STEP="V0")
     done = run_here(ROOT / "gpt2/train_ra_mla.py", "--cell", child)
     assert (done.returncode, done.stderr) == (2, f"error: {what.format(tmp_path / parent.name)}\n  try: {run}\n")
+
+
+def test_a_cell_whose_configuration_is_not_what_was_planned_is_refused(tmp_path):
+    """Its result would stand for another cell's. What it has of its parent is not in its own .config."""
+    folder = prepared(tmp_path / "test_V1_adamwspam_none", "V1", INIT_FROM_STEP="V0")
+    replace(folder / ".config", "CONFIG_BATCH_SIZE=8\n", "CONFIG_BATCH_SIZE=9\n")
+    provenance = json.loads((folder / "provenance.json").read_text())
+    provenance["identity"]["set"]["PARENT.RA_R"] = "4"
+    (folder / "provenance.json").write_text(json.dumps(provenance))
+    done = run_here(ROOT / "gpt2/train_ra_mla.py", "--cell", folder)
+    assert done.returncode == 2
+    assert done.stderr == (f"error: {folder}/.config is not what the cell was planned with: BATCH_SIZE 8 -> 9.\n"
+                           "  try: make RETRY=1, which writes it anew.\n")
+    replace(folder / ".config", "CONFIG_BATCH_SIZE=9\n", "CONFIG_BATCH_SIZE=8\n")
+    assert "parent V0" in run_here(ROOT / "gpt2/train_ra_mla.py", "--cell", folder).stderr
 
 
 def test_dry_run():

@@ -40,7 +40,11 @@ TRACE = 'Traceback (most recent call last):\n  File "/x/gpt2/block.py", line 7, 
      "disk: OSError: [Errno 28] No space left on device: 'x' (a.py, line 9)"),
     ("iteration 5\nTraceb", 74, "disk: Traceb"), ("", 74, "disk: it printed nothing"),
     ("iteration 5\n", -11, "signal 11 (SIGSEGV): iteration 5"),
-    ("error: no data.\n  try: make data\n", 2, "refused: no data."), ("", 3, "exit status 3: it printed nothing"),
+    ("error: no data.\n  try: make data.\n", 2, "refused: no data. try: make data"),
+    ("error: no data.", 2, "refused: no data."),
+    ("x.cpp:1:\nerror: no type\n" + TRACE + "InductorError: CppCompileError\n", 1,
+     "exception: InductorError: CppCompileError (a.py, line 9)"), ("error: no type\n", 3, "exit status 3: error: no type"),
+    ("", 3, "exit status 3: it printed nothing"),
     (TRACE, 1, "exit status 1: File \"/x/a.py\", line 9, in g"),
 ])
 def test_what_a_log_and_an_exit_status_say(text, code, reason):
@@ -50,6 +54,19 @@ def test_what_a_log_and_an_exit_status_say(text, code, reason):
 def test_a_reason_is_one_line_of_bounded_length():
     reason = failures.from_log(TRACE + "RuntimeError: " + "x" * 10_000 + "\n" + "y\n" * 100, 1)
     assert len(reason) <= failures.LONGEST and "\n" not in reason and reason.endswith("(a.py, line 9)")
+
+
+def test_what_to_do_is_kept_of_a_refusal_that_is_long():
+    reason = failures.from_log(f"error: {'x ' * 500}\n  try: {'y' * 80}\n", 2)
+    assert len(reason) <= failures.LONGEST and reason.endswith(f" ... try: {'y' * 80}")
+
+
+@pytest.mark.parametrize("reason, says", [
+    ("refused: checkpoint.pt is of another run. try: restore what changed", "once that is mended, make RETRY=1 runs it again"),
+    ("refused: no checkpoint can be read. try: remove both: make RETRY=1 then starts the cell anew", "")])
+def test_a_refused_cell_is_not_said_to_go_on_from_its_checkpoint(reason, says):
+    """It would be refused again; its own sentence says what to do first."""
+    assert failures.advice("failed", reason, True) == says
 
 
 @pytest.mark.parametrize("state, reason, resumable, says", [

@@ -1,6 +1,7 @@
 """The launcher with stand-ins for the training process: exit codes, reasons, states, display."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -25,13 +26,31 @@ def plan(tmp_path: Path, program: str, timeout=0, stop=60) -> list[str]:
     trainer.write_text(f"import os, signal, sys, time\nfolder = sys.argv[2]\n{program}\n")
     content = {"step": "V1", "optimizer": "adamw", "study": "s", "trainer": str(trainer), "config": "CONFIG_SEED=1\n",
                "identity": IDENTITY, "symbols": {}, "limits": {"CELL_TIMEOUT": timeout, "STOP_SECONDS": stop}}
-    (tmp_path / "plan.json").write_text(json.dumps(content))
-    return [sys.executable, "-m", "scripts.cell", str(tmp_path / "cell"), "--plan", str(tmp_path / "plan.json"), "--seed", "7"]
+    return [sys.executable, "-m", "scripts.cell", str(tmp_path / "cell"), "--plan", str(stored(tmp_path, json.dumps(content))),
+            "--seed", "7"]
 
 
-def launch(tmp_path, program, variables=(), **limits):
-    return subprocess.run(plan(tmp_path, program, **limits), cwd=ROOT, capture_output=True, text=True, timeout=60,
-                          env=os.environ | dict(variables))
+def stored(folder: Path, text: str) -> Path:
+    """A plan file under the hash of its content, as a plan writes it."""
+    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    path.write_text(text)
+    return path
+
+
+def run_planned(tmp_path: Path, program: str) -> int:
+    """The launcher in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    command = plan(tmp_path, program)
+    try:
+        return run(tmp_path / "cell", Path(command[command.index("--plan") + 1]), 7, "1/1", None)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def launch(tmp_path, program, variables=(), arguments=(), **limits):
+    command = [*plan(tmp_path, program, **limits), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=os.environ | dict(variables))
 
 
 def begun(tmp_path, program, **limits) -> tuple[subprocess.Popen, int]:
@@ -56,7 +75,7 @@ SIGNED = "open(folder + '/started', 'a').write(f'{os.getpid()}\\n')"  # the last
 
 @pytest.mark.parametrize("program, reason", [
     ("raise RuntimeError('boom')", "exception: RuntimeError: boom (trainer.py, line 3)"),
-    ("print('error: no data.'); print('  try: make data'); sys.exit(2)", "refused: no data."),
+    ("print('error: no data.'); print('  try: make data'); sys.exit(2)", "refused: no data. try: make data"),
     ("sys.exit(3)", "exit status 3: it printed nothing"),
     ("print('hm', flush=True); os.abort()", "signal 6 (SIGABRT): hm"),
     ("os._exit(74)", "disk: it printed nothing"),
@@ -79,7 +98,7 @@ def test_a_cell_that_was_stopped_has_no_record(tmp_path, program, says):
 
 def test_the_reason_is_not_that_of_an_earlier_attempt(tmp_path):
     launch(tmp_path, "print('error: no data.'); sys.exit(2)")
-    launch(tmp_path, "raise MemoryError('full')")
+    launch(tmp_path, "raise MemoryError('full')", arguments=["--retry"])
     assert results.read(tmp_path / "cell")["reason"] == "out of memory: MemoryError: full (trainer.py, line 3)"
 
 
@@ -91,6 +110,15 @@ def test_a_finished_cell_is_left_alone(tmp_path):
     done = launch(tmp_path, "raise RuntimeError")
     assert done.returncode == 0 and "another make has finished it meanwhile" in done.stdout
     assert (tmp_path / "cell/metrics.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("arguments, runs", [([], False), (["--retry"], True)])
+def test_a_failed_cell_is_run_again_only_where_it_was_planned_so(tmp_path, arguments, runs):
+    """Another make may have run it since the plan was made, and it has failed there: that is no reason to run it again."""
+    launch(tmp_path, "sys.exit(3)")
+    done = launch(tmp_path, "sys.exit(4)", arguments=arguments)
+    assert results.read(tmp_path / "cell")["reason"] == f"exit status {4 if runs else 3}: it printed nothing"
+    assert ("another make has finished it meanwhile (failed)" in done.stdout) != runs
 
 
 def test_two_launchers_never_run_one_cell_twice(tmp_path):
@@ -192,28 +220,24 @@ def test_a_cell_that_does_not_stop_in_time_is_killed_and_interrupted(tmp_path):
 
 @pytest.mark.parametrize("counts, state", [(iter([3, 4]), "failed"), (iter([3, 3]), None), (iter([None]), None)])
 def test_a_kill_is_for_want_of_memory_only_where_the_kernel_says_so(tmp_path, monkeypatch, counts, state):
-    plan(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
     monkeypatch.setattr(process, "memory_kills", lambda: next(counts))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        run(tmp_path / "cell", tmp_path / "plan.json", 7, "1/1", None)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    run_planned(tmp_path, "large = b'x' * (200 << 20)\nos.kill(os.getpid(), signal.SIGKILL)")
     record = results.read(tmp_path / "cell")
     assert (record and record["state"]) == state
-    assert not record or record["reason"].startswith("out of memory: killed by signal 9 ")
+    if record:
+        peak = record["peak_memory_bytes"]
+        assert peak > 200 << 20 and record["reason"].startswith("out of memory: killed by signal 9 ")
+        assert record["reason"].endswith(f" (peak {peak / 2 ** 30:.1f} GiB)")
 
 
 def test_a_results_folder_without_room_is_one_sentence_and_the_cell_is_interrupted(tmp_path, monkeypatch):
     """Room for the log, but none for the record of the failure."""
-    plan(tmp_path, "sys.exit(3)")
     real = atomic.write_json
     monkeypatch.setattr(atomic, "write_json", lambda path, value: real(path, value) if path.name != "metrics.json" else full())
 
     def full():
         raise OSError(errno.ENOSPC, "No space left on device")
-    what, again = refusal(run, tmp_path / "cell", tmp_path / "plan.json", 7, "1/1", None)
+    what, again = refusal(run_planned, tmp_path, "sys.exit(3)")
     assert what == f"{tmp_path}/cell cannot be written: No space left on device." and "make again" in again
     assert results.read(tmp_path / "cell") is None
 
@@ -251,9 +275,18 @@ GOOD_PLAN = {"step": "V1", "optimizer": "adamw", "study": "s", "trainer": "t.py"
     "[" * 100_000, "", "null", "[]", "9" * 5000, *(json.dumps(GOOD_PLAN | part) for part in (
         {"step": 1}, {"config": None}, {"symbols": []}, {"limits": {}}, {"limits": {"CELL_TIMEOUT": "0", "STOP_SECONDS": 1}}))])
 def test_a_plan_that_is_damaged_is_refused_before_anything_is_touched(tmp_path, text):
-    (tmp_path / "plan.json").write_text(text)
-    what, again = refusal(run, tmp_path / "cell", tmp_path / "plan.json", 7, "1/1", None)
-    assert what.startswith(f"{tmp_path}/plan.json is not what a plan has written (") and again.startswith("make again")
+    path = stored(tmp_path, text)
+    what, again = refusal(run, tmp_path / "cell", path, 7, "1/1", None)
+    assert what.startswith(f"{path} is not what a plan has written (") and again.startswith("make again")
+    assert not (tmp_path / "cell").exists()
+
+
+def test_a_plan_with_a_value_that_was_changed_is_refused(tmp_path):
+    """It would run under the identity of what was planned."""
+    path = stored(tmp_path, json.dumps(GOOD_PLAN | {"config": "CONFIG_BATCH_SIZE=8\n"}))
+    path.write_text(path.read_text().replace("BATCH_SIZE=8", "BATCH_SIZE=9"))
+    what, again = refusal(run, tmp_path / "cell", path, 7, "1/1", None)
+    assert "(ValueError: its content does not have the hash in its name)" in what and again.startswith("make again")
     assert not (tmp_path / "cell").exists()
 
 
@@ -347,13 +380,7 @@ def test_a_launcher_that_breaks_takes_its_cell_with_it(tmp_path, monkeypatch):
     def update(display):
         if (tmp_path / "cell/started").exists():
             raise BrokenPipeError
-    plan(tmp_path, f"{IN_TREE}\n{SAVES}".replace("time.sleep(4)", "time.sleep(1)"))
     monkeypatch.setattr(Display, "update", update)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        with pytest.raises(BrokenPipeError):
-            run(tmp_path / "cell", tmp_path / "plan.json", 7, "1/1", None)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with pytest.raises(BrokenPipeError):
+        run_planned(tmp_path, f"{IN_TREE}\n{SAVES}".replace("time.sleep(4)", "time.sleep(1)"))
     assert (tmp_path / "cell/saved").exists() and not alive(int((tmp_path / "cell/started").read_text()))

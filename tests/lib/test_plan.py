@@ -5,16 +5,18 @@ import re
 import shutil
 import time
 from pathlib import Path
+from threading import Timer
 
 import pytest
+from filelock import FileLock
 
-from lib import results
+from lib import generations, results
 from lib.cells import expand
 from lib.config import Study
 from lib.kconfig import Schema
 from lib.launch import prepare
 from lib.paths import ROOT
-from lib.plan import Options, Plan, archive
+from lib.plan import Options, Plan, archive, archive_stale
 from scripts.plan import options_from_environment
 from tests.harness import TINY, copy_tree, finish, refusal, replace, run, set_default, snapshot
 
@@ -284,6 +286,63 @@ def test_an_unreadable_result_is_archived_not_lost(study, text):
     assert (out / "archive/test_V0_adamwspam_none.1/metrics.json").read_text() == text
 
 
+def test_what_another_make_has_finished_since_the_plan_is_not_archived(study):
+    """Two plans see one stale cell; the first one's make archives and trains it before the second one is written."""
+    out = study("V0 V1", "BATCH_SIZE=2")
+    cells = expand(Study())
+    finish(out, *cells)
+    study("V0 V1", "BATCH_SIZE=9")
+    cells, second = expand(Study()), Plan(Options())
+    assert [status.state for _, status, _ in second.rows()] == ["stale", "stale"]
+    written()
+    finish(out, cells[0], val_loss=1.5)
+    before = snapshot(out / cells[0].name)
+    assert targets(second.write()) == [cells[1].name] and before.items() <= snapshot(out / cells[0].name).items()
+    assert sorted(os.listdir(out / "archive")) == [f"{cell.name}.1" for cell in cells]
+    assert [(status.state, runs) for _, status, runs in second.rows()] == [("done", False), ("planned", True)]
+
+
+def test_another_look_at_a_stale_cell_does_not_keep_it_from_running(study):
+    """It holds the lock for an instant."""
+    out = study("V0", "BATCH_SIZE=2")
+    cell, = expand(Study())
+    finish(out, cell)
+    study("V0", "BATCH_SIZE=9")
+    lock = FileLock(out / cell.name / ".lock", thread_local=False)
+    lock.acquire()
+    Timer(0.2, lock.release).start()
+    assert archive_stale(out, expand(Study())[0]) is None and os.listdir(out / "archive") == [f"{cell.name}.1"]
+
+
+def test_a_stale_cell_whose_lock_is_held_is_left_where_it_is(study):
+    out = study("V0", "BATCH_SIZE=2")
+    cell, = expand(Study())
+    finish(out, cell)
+    study("V0", "BATCH_SIZE=9")
+    with FileLock(out / cell.name / ".lock"):
+        assert written()[1] == [] and results.read(out / cell.name)["state"] == "done"
+    assert not (out / "archive").exists()
+    assert written()[1] == [cell.name] and os.listdir(out / "archive") == [f"{cell.name}.1"]
+
+
+@pytest.mark.parametrize("state, kept", [("done", False), ("diverged", False), ("failed", True)])
+def test_checkpoints_of_a_cell_that_was_killed_after_its_result_are_removed(study, state, kept):
+    """Not by a look, not while its last process still stops, and nothing else of it."""
+    out = study("V0")
+    cell, = expand(Study())
+    finish(out, cell, state=state, reason=None if state == "done" else "x")
+    before = snapshot(out / cell.name)
+    left = [out / cell.name / name for name in (*generations.NAMES, generations.DAMAGED)]
+    for path in left:
+        path.write_bytes(b"x")
+    Plan(Options())
+    with FileLock(out / cell.name / ".lock"):
+        written()
+    assert all(path.exists() for path in left)
+    written()
+    assert [path.exists() for path in left] == [kept] * len(left) and before.items() <= snapshot(out / cell.name).items()
+
+
 def test_an_archive_keeps_what_it_has(tmp_path):
     for content in "ab":
         (tmp_path / "cell").mkdir()
@@ -307,6 +366,8 @@ def test_a_failed_cell_is_kept_until_retry(study):
     finish(out, cells[1], state="diverged", reason="the loss is nan")
     assert written()[1] == ["test_V2_adamwspam_none"] and results.read(out / cells[0].name)["state"] == "failed"
     assert written(Options(retry=True))[1] == ["test_V0_adamwspam_none", "test_V2_adamwspam_none"]
+    retried = [name for name, (_, recipe) in commands(out / "cells.mk").items() if recipe.endswith(" --retry")]
+    assert retried == [cells[0].name], "what fails elsewhere in the meantime is kept too"
     assert results.read(out / cells[0].name)["state"] == "failed", "the launcher removes the record when it runs the cell"
     assert results.read(out / cells[1].name)["state"] == "diverged"
     assert (out / cells[0].name / ".config").exists()
