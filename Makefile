@@ -55,7 +55,7 @@ ifneq (,$(strip $(NO_STEPS)))
 $(error there is no step $(firstword $(NO_STEPS)); try: make list-steps)
 endif
 ifneq (,$(strip $(OVERRIDDEN)))
-$(error a step with overrides is no goal; try: put it into ABLATION_STEPS in make menuconfig, as "V1@RA_R=8")
+$(error a step with overrides is no goal; try: put it into ABLATION_STEPS in make menuconfig, as STEP@SYMBOL=VALUE)
 endif
 
 ##@ Run a study

@@ -159,7 +159,8 @@ def kept_record(study: Study, out: Path) -> dict | None:
         record = json.loads((out / NAME).read_text())
         valid = (record["format"] == FORMAT and record["global_batch"] == global_batch(study)
                  and record["configured"] == study.config.BATCH_SIZE and type(record["micro_batch"]) is int
-                 and record["global_batch"] % record["micro_batch"] == 0 and isinstance(record["because"], str)
+                 and record["micro_batch"] > 0 and record["micro_batch"] * record["accumulation"] == record["global_batch"]
+                 and isinstance(record["because"], str) and record.keys() >= {"device", "share", "peak_bytes"}
                  and record["programs"] == [program.digest for program in programs(study)])
         return record if valid else None
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError):

@@ -1,5 +1,9 @@
 """Kill tiny studies, fill their disk, turn their clock back, damage their files, and see that nothing is lost.
 
+The small size takes a few kills and the parts kills, disk, clock and damage. KILLS=200 is the full size: longer cells, and
+also the parts fuzz (10,000 cases of what is read from outside) and random (200 random configurations, each built, checked and
+trained).
+
 Everything happens to the real program (make and real training), in a copy of the project below a temporary folder; neither
 .config nor any result is touched. A table at the end says what held; exit status 1 if anything did not, and then the folder
 is kept. KILLS, SEED and WHAT on make's command line are the options of these names.
@@ -21,9 +25,11 @@ from lib.errors import UserError, reported
 from lib.tables import duration, table
 from scripts.torturing import clock, damage, disk, kills
 from scripts.torturing.arena import Arena, Failed, Reference, steps
+from scripts.torturing.drawn import CONFIGURATIONS, FUZZ_CASES, Drawn
 
-PARTS = ("kills", "disk", "clock", "damage")
-FEW_KILLS, ITERATIONS, FEW_ITERATIONS = 100, 100, 40  # with fewer kills than that, cells are shorter too
+ON_STUDIES = ("kills", "disk", "clock", "damage")
+PARTS = (*ON_STUDIES, "fuzz", "random")
+FULL_SIZE, ITERATIONS, FEW_ITERATIONS = 100, 100, 40  # with fewer kills than that, cells are shorter and parts are left out
 SHOWN = 120  # characters of what came of a case in the table; the line above it has all of them
 
 
@@ -32,6 +38,7 @@ class Torture:
 
     def __init__(self, arena: Arena, seed: int, number_of_kills: int, study: int | None):
         self.arena, self.seed, self.number_of_kills, self.only = arena, seed, number_of_kills, study
+        self.drawn = Drawn(arena.root, seed)
         self.rows: list[tuple[str, str, str, float, bool]] = []
         self.begun, self.lock = time.monotonic(), threading.Lock()
         self.tally = None
@@ -42,9 +49,7 @@ class Torture:
 
     def run(self, parts: list[str], side_by_side: int, case: str = "") -> None:
         mounts = disk.own_mounts() if "disk" in parts else None  # before there are threads
-        two = {"ABLATION_STEPS": f'"{" ".join(steps(2))}"', "SEEDS": '"2"'}
-        reference = Reference(self.arena.study("reference", **two), f"-j{side_by_side}")
-        self.say(f"an undisturbed study of {len(reference.records)} cells took {reference.seconds:.0f} s")
+        reference = self._reference(side_by_side) if set(parts) & set(ON_STUDIES) else None
         with ThreadPoolExecutor(side_by_side) as pool:
             waiting = []
             if "kills" in parts and not case:
@@ -57,15 +62,27 @@ class Torture:
                     one.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
-                self.arena.close()
+                self.close()
                 raise
         if "disk" in parts and mounts:
             self.rows.append(("disk", "full and read-only disks", f"left out: {mounts}", 0.0, True))
 
+    def close(self) -> None:
+        """End whatever still runs."""
+        self.arena.close()
+        self.drawn.close()
+
+    def _reference(self, side_by_side: int) -> Reference:
+        two = {"ABLATION_STEPS": f'"{" ".join(steps(2))}"', "SEEDS": '"2"'}
+        reference = Reference(self.arena.study("reference", **two), f"-j{side_by_side}")
+        self.say(f"an undisturbed study of {len(reference.records)} cells took {reference.seconds:.0f} s")
+        return reference
+
     def _cases(self, parts, reference, mounts):
-        alone = reference.first()
-        found = {"disk": lambda: disk.cases(self.arena, alone, mounts), "clock": lambda: clock.cases(self.arena, reference),
-                 "damage": lambda: damage.Damages(self.arena, alone, self.seed).cases()}
+        found = {"fuzz": self.drawn.fuzz, "random": self.drawn.random,  # the longest first
+                 "disk": lambda: disk.cases(self.arena, reference.first(), mounts),
+                 "clock": lambda: clock.cases(self.arena, reference),
+                 "damage": lambda: damage.Damages(self.arena, reference.first(), self.seed).cases()}
         for part in found:
             if part in parts:
                 for name, function in found[part]():
@@ -113,10 +130,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.torture", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     given = os.environ.get
-    parser.add_argument("parts", nargs="*", default=given("WHAT", "").split() or list(PARTS), metavar="PART",
-                        help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("parts", nargs="*", default=given("WHAT", "").split(), metavar="PART",
+                        help=f"of {', '.join(PARTS)} (default: all from {FULL_SIZE} kills on, else the first four); "
+                             f"fuzz is always {FUZZ_CASES} cases, random {CONFIGURATIONS} configurations")
     parser.add_argument("--kills", default=given("KILLS") or "8", metavar="N",
-                        help=f"how many kills in all (default 8); from {FEW_KILLS} on cells are longer")
+                        help=f"how many kills in all (default 8); from {FULL_SIZE} on cells are longer, and all parts are run")
     parser.add_argument("--seed", default=given("SEED") or "1", metavar="N", help="draws moments, victims and bits (default 1)")
     parser.add_argument("--study", type=int, metavar="N", help="kill only study N of a seed, once more")
     parser.add_argument("--case", default="", metavar="TEXT", help="only the cases whose name holds TEXT")
@@ -131,15 +149,17 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     root = Path(tempfile.mkdtemp(prefix="kablate-torture-"))
     number = int(args.kills)
-    arena, held = Arena(root / "arena", iterations=ITERATIONS if number >= FEW_KILLS else FEW_ITERATIONS), False
+    full, held = number >= FULL_SIZE, False
+    arena = Arena(root / "arena", iterations=ITERATIONS if full else FEW_ITERATIONS)
     torture = Torture(arena, int(args.seed), number, args.study)
     try:
-        torture.run(args.parts, max(1, args.side_by_side), args.case)
+        usual = ("kills",) if args.study is not None else PARTS if full else ON_STUDIES
+        torture.run(args.parts or list(usual), max(1, args.side_by_side), args.case)
         held = torture.report()
     except Failed as error:
         print(f"error: {error}", file=sys.stderr)
     finally:
-        arena.close()
+        torture.close()
         if held and not args.keep:
             shutil.rmtree(root, ignore_errors=True)
         else:

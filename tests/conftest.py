@@ -1,6 +1,7 @@
 """No test sees what the developer's shell or an outer make has set, and hypothesis gives the same examples every time."""
 
 import os
+import signal
 import sys
 
 import pytest
@@ -8,6 +9,9 @@ from hypothesis import settings
 
 settings.register_profile("kablate", deadline=None, derandomize=True, database=None)
 settings.load_profile("kablate")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, which the programs under test would inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONG = ("test_make.py", "test_training.py")  # the files with the longest tests
 
@@ -47,6 +51,6 @@ def dotconfig(tmp_path, monkeypatch):
     monkeypatch.setenv("KCONFIG_CONFIG", str(path))
 
     def write(*assignments):
-        path.write_text("".join(f"CONFIG_{a}\n" for a in assignments))
+        path.write_text("".join(f"CONFIG_{a}\n" for a in assignments) or "# Nothing but defaults.\n")
         return path
     return write

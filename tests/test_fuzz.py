@@ -1,11 +1,14 @@
 """Whatever is read from outside gives a result or two sentences: no traceback, and no value that is silently dropped.
 
-KABLATE_FUZZ=10000 asks for so many cases in all, other ones each time; make test takes a few, always the same.
+KABLATE_FUZZ=10000 asks for at least so many cases in all, other ones each time; make test takes a few, always the same. A case
+is one input, however many readers it is given to.
 """
 
 import contextlib
 import copy
+import functools
 import json
+import math
 import os
 import re
 import string
@@ -15,13 +18,14 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from lib import config, results
+from lib import batch_size, config, results
 from lib.cells import expand, parse_seeds
 from lib.config import Study, load, parse_step
 from lib.data import open_corpus
 from lib.data.files import HEADER_BYTES
 from lib.errors import UserError, one_line
 from lib.kconfig import BUDGET, Schema, read_layer
+from lib.launch import read_plan
 from lib.plan import Options, Plan
 from lib.report import charts, files, index, markdown, page
 from lib.report.content import content, failures
@@ -33,6 +37,7 @@ from tests.harness import MEASURED, TINY, finish
 CASES = int(os.environ.get("KABLATE_FUZZ", "0"))
 SCHEMA = Schema()
 PROMPTED, SYMBOLS = sorted(SCHEMA.prompted), sorted(SCHEMA.symbols)
+SHARES: dict[str, float] = {}  # of all cases; together more than 1, since hypothesis may stop a test before its share is over
 COUNTED: dict[str, int] = {}
 
 
@@ -54,16 +59,45 @@ def read_once():
 
 
 def cases(share: float, shrinks: bool = True):
-    """Settings of a test that takes this share of all cases; one that reads a whole study would take minutes to shrink."""
-    return settings(phases=[Phase.explicit, Phase.generate, *([Phase.shrink] if shrinks else [])],
-                    max_examples=max(1, round(CASES * share)) if CASES else 25, derandomize=not CASES, deadline=None,
-                    report_multiple_bugs=False, suppress_health_check=list(HealthCheck))
+    """A test that takes this share of all cases, and counts them; one that reads a whole study would take minutes to shrink."""
+    def decorate(test):
+        name = test.__name__.removeprefix("test_").replace("_", " ")
+        SHARES[name] = share
+
+        @functools.wraps(test)
+        def counting(*args, **options):
+            test(*args, **options)
+            COUNTED[name] = COUNTED.get(name, 0) + 1
+
+        return settings(phases=[Phase.explicit, Phase.generate, *([Phase.shrink] if shrinks else [])],
+                        max_examples=max(1, math.ceil(CASES * share)) if CASES else 25, derandomize=not CASES, deadline=None,
+                        report_multiple_bugs=False, suppress_health_check=list(HealthCheck))(counting)
+    return decorate
+
+
+def test_the_cases_are_as_many_as_are_asked_for():
+    assert sum(SHARES.values()) >= 1.05 and len(SHARES) == 12
+    ran = dict(COUNTED)
+
+    @given(st.integers(0, 10 ** 9))
+    @cases(0)
+    def judged_twice(number):
+        with judged():
+            raise UserError("one sentence.", "something to do.")
+        with judged():
+            pass
+
+    judged_twice()
+    try:
+        assert {name: number for name, number in COUNTED.items() if ran.get(name) != number} == {
+            "judged twice": 1 if CASES else 25}, "a case is counted once"
+    finally:
+        SHARES.pop("judged twice"), COUNTED.pop("judged twice")
 
 
 @contextlib.contextmanager
-def judged(name: str):
+def judged():
     """A UserError is a result if it is one sentence and something to do; anything else is a defect."""
-    COUNTED[name] = COUNTED.get(name, 0) + 1
     try:
         yield
     except UserError as error:
@@ -93,7 +127,7 @@ def written(path, text: str):
 @cases(0.25)
 def test_the_text_of_a_configuration(tmp_path_factory, text):
     path = written(tmp_path_factory.getbasetemp() / "fuzz.config", text)
-    with judged("configurations"):
+    with judged():
         found = Study(config=path)
         expand(found, [1])
         SCHEMA.reset()
@@ -110,7 +144,7 @@ SYMBOL_VALUE = st.tuples(st.sampled_from(PROMPTED), VALUES)
 def test_a_steps_fragment_and_its_overrides(tmp_path_factory, text, inline, tail):
     path = written(tmp_path_factory.getbasetemp() / "X.config", text)
     spec = "X" + ("@" + ",".join(f"{n}={v}" for n, v in inline) + tail if inline or tail else "")
-    with pytest.MonkeyPatch.context() as patch, judged("fragments with overrides"):
+    with pytest.MonkeyPatch.context() as patch, judged():
         patch.setattr(config, "step_path", lambda name, folder: path)
         resolved = TINY_STUDY.resolve(spec)
         held = {name: SCHEMA.symbols[name].str_value for name in SCHEMA.symbols}
@@ -142,7 +176,7 @@ VARIABLES = [*BUDGET, "KABLATE_OUT", "KABLATE_SEEDS", "KABLATE_TIME", "KABLATE_U
 def test_the_environment_and_the_command_line(tmp_path_factory, variables, tune):
     folder = tmp_path_factory.getbasetemp()
     path = written(folder / "env.config", "\n".join(f"CONFIG_{a}" for a in (*TINY, f'OUTPUT_DIR="{folder}/none"')))
-    with pytest.MonkeyPatch.context() as patch, judged("environments"):
+    with pytest.MonkeyPatch.context() as patch, judged():
         patch.setenv("KCONFIG_CONFIG", str(path))
         for name, value in variables.items():
             patch.setenv(name, value)
@@ -165,9 +199,9 @@ def test_the_environment_and_the_command_line(tmp_path_factory, variables, tune)
 def test_the_port_and_the_seed_of_tools(port, seed):
     from scripts import browse, randconfig
 
-    with judged("ports"):
+    with judged():
         assert str(browse.wanted_port(port)) == (port or "8000").lstrip("0")
-    with pytest.MonkeyPatch.context() as patch, judged("seeds"):
+    with pytest.MonkeyPatch.context() as patch, judged():
         patch.setenv("KCONFIG_SEED", seed)
         patch.setattr(randconfig, "randconfig", lambda name, given: None)
         patch.setattr("sys.argv", ["randconfig"])
@@ -202,7 +236,7 @@ def test_the_shards_of_a_local_data_set(tmp_path_factory, train, val, suffix):
     mended(folder, f"train{suffix}", train)
     (folder / f"val{suffix}").write_bytes(val)
     cfg = LOCAL.replace(DATA_LOCAL_DIR=str(folder))
-    with judged("shards"):
+    with judged():
         corpus = open_corpus(cfg)
         for tokens in (corpus.train, corpus.val):
             assert len(tokens) > cfg.GPT2_BLOCK_SIZE and tokens.windows([0], 4).max() < corpus.vocab_size
@@ -267,10 +301,10 @@ def test_the_index_of_a_prepared_data_set(tmp_path_factory, data):
     for name in ("train_000000.bin", "val_000000.bin"):
         (folder / name).write_bytes(bytes(600))
     cfg = LOCAL.replace(DATASET="shakespeare", DATA_DIR=str(folder.parent), DATA_PREPARE_TOKENS=0, DATA_SOURCE="")
-    with judged("indexes"):
+    with judged():
         corpus = open_corpus(cfg)
         assert len(corpus.train) % 300 == 0 and corpus.train.windows([0], 3).max() == 0
-    with judged("indexes"):
+    with judged():
         from lib.data.prepare import _finished
 
         _finished(folder, cfg)
@@ -331,7 +365,7 @@ def reported(cell, name, data: bytes) -> None:
 @cases(0.08, shrinks=False)
 def test_the_record_of_a_cell(cell, data):
     good = json.loads((cell / "metrics.json").read_text()) | {"compression": RECORD["compression"]}
-    with judged("records"):
+    with judged():
         reported(cell, "metrics.json", data.draw(changed(good)))
 
 
@@ -343,9 +377,9 @@ def test_the_provenance_and_the_rows_of_a_cell(cell, data):
     name = data.draw(st.sampled_from(["provenance.json", "metrics.jsonl", "../plan/design.json"]))
     good = json.loads((cell / name).read_text())
     changed_to = data.draw(changed(good))
-    with judged("provenances, rows and designs"):
+    with judged():
         reported(cell, name, changed_to + b"\n")
-    with judged("provenances, rows and designs"):
+    with judged():
         before = (cell / name).read_bytes()
         (cell / name).write_bytes(changed_to)
         try:
@@ -353,6 +387,43 @@ def test_the_provenance_and_the_rows_of_a_cell(cell, data):
             assert isinstance(kept["identity"]["hash"], str)
         finally:
             (cell / name).write_bytes(before)
+
+
+@given(st.data())
+@cases(0.04)
+def test_the_plan_of_a_cell(cell, data):
+    """A plan file that is not the one that was written, to the byte, is refused; nobody runs it."""
+    path = data.draw(st.sampled_from(sorted((cell.parent / "plan").glob("*[0-9a-f].json"))))
+    good = path.read_bytes()
+    damaged = data.draw(st.one_of(changed(json.loads(good)), st.integers(0, len(good)).map(lambda at: good[:at])))
+    path.write_bytes(damaged)
+    try:
+        with judged():
+            assert read_plan(path, 1, cell, None).name == cell.name and damaged == good, "a changed plan was taken"
+    finally:
+        path.write_bytes(good)
+
+
+@given(st.data())
+@cases(0.03)
+def test_the_batch_size_that_was_found(tmp_path_factory, data):
+    """A record that does not hold for the study counts as none, and is found anew."""
+    folder = tmp_path_factory.getbasetemp() / "found"
+    folder.mkdir(exist_ok=True)
+    study = Study(config=written(folder / "dot.config", "".join(f"CONFIG_{a}\n" for a in (
+        *TINY[:3], "BATCH_SIZE_AUTO=y", "BATCH_SIZE=8", "GPT2_GRADIENT_ACCUMULATION=6", 'ABLATION_STEPS="V0"'))))
+    gpu = {"type": "cuda", "name": "a GPU", "memory_bytes": 2 ** 30, "torch": "2"}
+    path = folder / batch_size.NAME
+    path.unlink(missing_ok=True)
+    good, _ = batch_size.find(study, folder, gpu, 0.9, lambda program, micro_batch: 2 ** 20 if micro_batch < 20 else None)
+    path.write_bytes(data.draw(changed(good)))
+    with judged():
+        batch_size.settle(study, folder)
+        cell = study.resolve("V0").config
+        assert cell.BATCH_SIZE * cell.GPT2_GRADIENT_ACCUMULATION == 48, "the global batch was changed"
+    with judged():
+        record, _ = batch_size.find(study, folder, gpu, 0.9, lambda program, micro_batch: 2 ** 20)
+        assert record["micro_batch"] * record["accumulation"] == 48 and record.keys() >= good.keys()
 
 
 @given(st.data())
@@ -365,14 +436,14 @@ def test_reports_and_benchmarks_that_a_tool_is_given(cell, tmp_path_factory, dat
     study = folder / "study"
     study.mkdir(exist_ok=True)
     (study / "report.json").write_bytes(data.draw(changed(good)))
-    with judged("reports"):
+    with judged():
         index.render(index.collect(folder))
-    with judged("reports"), contextlib.redirect_stdout(None):
+    with judged(), contextlib.redirect_stdout(None):
         draw_again(study)
     decode = {"format": 1, "batches": [1], "baseline": "V0", "dtype": "float32", "environment": {"device": "x", "torch": "2"},
               "rows": [{"step": "V0", "context": 128, "batch": 1, "error": None, "cache_bytes": 4096}]}
     (folder / "decode.json").write_bytes(data.draw(changed(decode)))
-    with judged("benchmarks"):
+    with judged():
         read_decode(folder / "decode.json")
 
 
@@ -382,5 +453,5 @@ GOOD: list = []
 @given(st.text(string.printable, max_size=80) | TEXT)
 @cases(0.02)
 def test_an_error_is_two_lines_that_steer_no_terminal(text):
-    with judged("errors"):
+    with judged():
         assert one_line(text).isprintable() and re.fullmatch(".*", one_line(text))

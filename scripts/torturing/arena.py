@@ -163,6 +163,8 @@ class Study:
             raise Failed("a cell was archived, though nothing changed what it is")
         if left := temporaries(self.out):
             raise Failed(f"temporary files are left: {', '.join(left)}")
+        if left := sorted(str(path.relative_to(self.out)) for path in self.out.glob("test_*/checkpoint*")):
+            raise Failed(f"checkpoints of finished cells are left: {', '.join(left)}")
         self.check_nothing_to_do()
 
     def check_nothing_to_do(self) -> None:

@@ -50,6 +50,11 @@ def cut_name(data: bytes, draw: random.Random) -> bytes:
     return data[:data.index(b"\nCONFIG_", len(data) // 2) + 11]
 
 
+def cut_line(data: bytes, draw: random.Random) -> bytes:
+    """The end, from the end of a line on: what is left reads well."""
+    return data[:data.index(b"\n", len(data) // 2) + 1]
+
+
 def flip_digit(data: bytes, draw: random.Random) -> bytes:
     """One bit of a digit of the validation loss, so that what stands there is a number still."""
     at, changed = data.index(b'"val_loss": ') + len(b'"val_loss": 0.'), bytearray(data)
@@ -81,7 +86,7 @@ class Case:
 
     file: str
     how: Callable
-    state: str  # interrupted, done, parent or local: see Damages
+    state: str  # interrupted, done, configured, parent or local: see Damages
     expected: str
     named: bool = True  # whether something that was said must name the file
 
@@ -109,6 +114,8 @@ CASES = (
     Case("out/test_*/metrics.json", flip_digit, "done", EITHER),
     Case("dot.config", cut_name, "done", REFUSED, named=False),
     Case("dot.config", flip_name, "done", REFUSED, named=False),
+    Case("dot.config", cut_line, "configured", REFUSED),
+    Case("dot.config", empty, "configured", REFUSED),
     Case("out/test_*/model.pt", cut, "parent", REFUSED),
     Case("out/test_*/model.pt", flip, "parent", REFUSED),
     Case("data/train.bin", odd, "local", REFUSED),
@@ -185,6 +192,7 @@ class Damages:
         if "DATA_LOCAL_DIR" in symbols:
             symbols["DATA_LOCAL_DIR"] = f'"{self.arena.root / name / "data"}"'
         study = self.arena.study(name, **symbols)
+        study.config.write_text(origin.config.read_text().replace(f'"{origin.folder}/', f'"{study.folder}/'))
         shutil.copytree(origin.out, study.out)
         if (origin.folder / "data").exists():
             shutil.copytree(origin.folder / "data", study.folder / "data")
@@ -212,6 +220,15 @@ class Damages:
         study = self.arena.study("done")
         study.finish(self.reference)
         return study, self.reference
+
+    def _configured(self) -> tuple[Study, Reference]:
+        """The same, with a .config that was not written by hand."""
+        origin, reference = self._state("done")
+        study = self._copy(origin, "configured")
+        code, said = study.make("olddefconfig")
+        if code:
+            raise Failed(f"make olddefconfig ends with {code}: {last_lines(said)}")
+        return study, reference
 
     def _parent(self) -> tuple[Study, Reference]:
         """A finished cell, and one planned that starts from its weights."""

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from lib import checkpoint
 from scripts import torture
 from scripts.torturing import arena, clock, damage, disk, kills
 from scripts.torturing.arena import Arena, Failed, Reference
+from scripts.torturing.drawn import Drawn
 from scripts.torturing.watching import MARK, Files, Process, processes, send, trained_twice
 from tests.harness import MEASURED, copy_tree, refusal
 
@@ -125,6 +128,9 @@ def test_a_half_file_under_its_own_name_is_found(good):
     (cell / ".model.pt.abc.tmp").touch()
     with pytest.raises(Failed, match="temporary files are left: test_.*abc.tmp"):
         study.check_end(reference)
+    (cell / ".model.pt.abc.tmp").rename(cell / "checkpoint.before.pt")
+    with pytest.raises(Failed, match="checkpoints of finished cells are left: test_.*/checkpoint.before.pt"):
+        study.check_end(reference)
 
 
 def test_results_that_depend_on_a_kill_are_found(tmp_path):
@@ -204,6 +210,7 @@ def test_a_damage_changes_the_bits_it_says(how, data, bits):
 
 def test_cases_damage_files_that_are_cut_in_a_name_or_lose_a_byte():
     assert damage.cut_name(b"CONFIG_A=y\nCONFIG_BCD=1\nCONFIG_EFG=n\n", None) == b"CONFIG_A=y\nCONFIG_BCD=1\nCONFIG_EFG"
+    assert damage.cut_line(b"CONFIG_A=y\nCONFIG_BCD=1\nCONFIG_EFG=n\n", None) == b"CONFIG_A=y\nCONFIG_BCD=1\n"
     assert damage.odd(b"1234", None) == b"123" and damage.cut(b"1234", None) == b"12" and damage.empty(b"1", None) == b""
     assert len({case.name for case in damage.CASES}) == len(damage.CASES)
 
@@ -223,6 +230,86 @@ def test_a_damage_that_nobody_notices_is_a_failure(good):
         damages.run(1, unseen)
     refused = damage.Case("out/plan/design.json", damage.cut, "interrupted", damage.REFUSED)
     assert damages.run(2, refused).startswith("refused: ")
+
+
+def test_a_configuration_that_is_cut_at_a_line_is_refused(good):
+    place, reference = good
+    damages = damage.Damages(place, reference, 1)
+    for number, how in enumerate((damage.cut_line, damage.empty), 100):
+        said = damages.run(number, damage.Case("dot.config", how, "configured", damage.REFUSED))
+        assert said == f"refused: dot.config is {'empty' if how is damage.empty else 'cut short'}: its end is missing."
+
+
+def drawn(folder, code, monkeypatch) -> Drawn:
+    """The parts fuzz and random, of ten each, by a stand-in for both programs."""
+    program = folder / "python"
+    program.write_text(f"#!{sys.executable}\nimport os, sys, time\n{code}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    return Drawn(folder, 7, 10, 10)
+
+
+def test_fuzz_and_random_configurations_are_parts(tmp_path, monkeypatch):
+    parts = drawn(tmp_path, """
+if "pytest" in sys.argv:
+    print("tests\\n" + os.environ["KABLATE_FUZZ"] + " cases: shards 10")
+else:
+    print(f"12 random configurations: 2 refused (17 %), {sys.argv[-1]} checked and trained (30 cells), 0 broken, "
+          f"seed {os.environ['KCONFIG_SEED']}")""", monkeypatch)
+    (_, fuzz), = parts.fuzz()
+    (_, configurations), = parts.random()
+    assert fuzz() == "10 cases: shards 10"
+    assert configurations().endswith("10 checked and trained (30 cells), 0 broken, seed 7")
+
+
+@pytest.mark.parametrize("code, message", [
+    ("print('9 cases: shards 9')", "10 were asked for, and not done: 9 cases: shards 9"),
+    ("print('nothing')", "10 were asked for, and not done: nothing"),
+    ("print('10 cases: shards 10\\n1 failed')\nsys.exit(1)", "it ends with 1, see .*fuzz.log: .*1 failed"),
+])
+def test_fewer_cases_than_were_asked_for_do_not_hold(tmp_path, monkeypatch, code, message):
+    (_, fuzz), = drawn(tmp_path, code, monkeypatch).fuzz()
+    with pytest.raises(Failed, match=message):
+        fuzz()
+
+
+def test_what_is_drawn_ends_with_the_torture(tmp_path, monkeypatch):
+    parts = drawn(tmp_path, "time.sleep(300)", monkeypatch)
+    (_, fuzz), = parts.fuzz()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(fuzz)
+        while not parts.processes:
+            time.sleep(0.01)
+        parts.close()
+        with pytest.raises(Failed, match="it ends with -9"):
+            waiting.result(30)
+    with pytest.raises(Failed, match="it was stopped before it began"):
+        fuzz()
+
+
+@pytest.mark.parametrize("kills_asked, what, parts", [
+    (8, "", ["kills", "disk", "clock", "damage"]), (99, "", ["kills", "disk", "clock", "damage"]),
+    (100, "", ["kills", "disk", "clock", "damage", "fuzz", "random"]), (200, "kills", ["kills"]), (8, "fuzz", ["fuzz"]),
+])
+def test_the_full_size_has_all_parts(monkeypatch, tmp_path, kills_asked, what, parts):
+    asked = []
+    monkeypatch.setattr(torture.Torture, "run", lambda self, parts, *_: asked.append(parts))
+    monkeypatch.setattr(torture, "Arena", lambda root, **_: SimpleNamespace(root=root, close=lambda: None))
+    monkeypatch.setattr(torture.tempfile, "mkdtemp", lambda **_: str(tmp_path / "root"))
+    monkeypatch.setattr(sys, "argv", ["torture", "--kills", str(kills_asked)])
+    monkeypatch.setenv("WHAT", what)
+    assert torture.main() == 0 and asked == [parts]
+    monkeypatch.setattr(sys, "argv", ["torture", "--kills", "200", "--study", "3"])
+    monkeypatch.setenv("WHAT", "")
+    assert torture.main() == 0 and asked[1:] == [["kills"]], "to repeat one study"
+
+
+def test_what_is_drawn_needs_no_study(monkeypatch, good, capsys):
+    done = torture.Torture(good[0], 1, 0, None)
+    monkeypatch.setattr(done.drawn, "_run", lambda name, *_, **__: "10000 cases: all")
+    monkeypatch.setattr(torture, "Reference", None)
+    done.run(["fuzz"], 1)
+    assert done.report() and "10000 cases: all" in capsys.readouterr().out
 
 
 def test_the_clock_jumps_for_the_time_of_day_alone(tmp_path):
