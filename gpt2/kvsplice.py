@@ -46,6 +46,7 @@ from lib.errors import UserError
 
 MODES = ("splice", "pca", "off")
 KIND = "kvsplice"
+AGAIN = "move the folder of the cell away and run make again."
 TINY = 2e-38  # a normal number, so that no device flushes it to 0
 
 
@@ -257,9 +258,6 @@ def verify(path, model: nn.Module) -> None:
         if any(not torch.equal(tensor.cpu(), fit[name]) for name, tensor in codec.state_dict().items()):
             raise UserError(f"{path} is not the fit of the model beside it, but of {header['step']}, seed {header['seed']}.",
                             AGAIN)
-
-
-AGAIN = "move the folder of the cell away and run make again."
 
 
 def _read(path, held: list[KVSplice]) -> tuple[dict, list[dict]]:

@@ -46,5 +46,5 @@ def softmax_gradient_(logits: torch.Tensor, targets: torch.Tensor, share: torch.
     losses = torch.empty(logits.size(0), dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
         _softmax_gradient[(logits.size(0),)](logits, targets, share, losses, logits.stride(0), logits.size(1), ignored, BLOCK,
-                                   num_warps=WARPS)
+                                             num_warps=WARPS)
     return losses

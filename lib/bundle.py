@@ -11,7 +11,6 @@ two results differ, and is added to a finished cell that has none.
 """
 
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -24,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib import atomic, design, results, tuning
-from lib.cells import FINISHED, LONGEST_NAME, SEED_LIMIT, expand, inspect, is_locked
+from lib.cells import FINISHED, LONGEST_NAME, SEED_LIMIT, expand, inspect, is_locked, plan_name
 from lib.errors import UserError
 from lib.paths import shown
 from lib.plan import Plan, archive
@@ -100,8 +99,7 @@ def plan_flaw(path: Path) -> str | None:
             return None if design.read(path.parent.parent) else "it holds no plan"
         except UserError:
             return "it is not what was written before the first cell"
-    named = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return None if named == path.stem else "its content does not have the hash in its name"
+    return None if plan_name(path.read_bytes()) == path.stem else "its content does not have the hash in its name"
 
 
 # Pack

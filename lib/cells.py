@@ -6,6 +6,7 @@ checkpoint, of another identity).
 """
 
 import copy
+import hashlib
 import json
 import os
 import re
@@ -164,6 +165,11 @@ def other_seeds(study: Study, out: Path, seeds: list[int]) -> list[int]:
     endings = {re.search(r"(_s(\d{1,10}))?$", entry.name)[2] for entry in os.scandir(out) if entry.name.startswith("test_")}
     found = {int(ending) if ending else study.config.SEED for ending in endings}
     return sorted(seed for seed in found - set(seeds) if seed < SEED_LIMIT)
+
+
+def plan_name(content: bytes) -> str:
+    """The name, without its ending, of the file of plan/ that holds this: a hash, so that a changed file is told."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def inspect(out: Path, cell: Cell, held: bool = False) -> Status:

@@ -8,7 +8,6 @@ says where each of its threads was. A cell that still stops, because its make wa
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lib import atomic, failures, generations, process, results
-from lib.cells import Cell
+from lib.cells import Cell, plan_name
 from lib.config import Config, Resolved
 from lib.errors import UserError, one_line
 from lib.paths import ROOT, shown
@@ -42,7 +41,7 @@ def read_plan(plan: Path, seed: int, folder: Path, parent: str | None) -> Cell:
     since must not be run, and recorded, as what was planned."""
     try:
         written = plan.read_bytes()
-        if hashlib.sha256(written).hexdigest()[:16] != plan.stem:
+        if plan_name(written) != plan.stem:
             raise ValueError("its content does not have the hash in its name")
         content = json.loads(written)
         kinds = {str: ("step", "optimizer", "study", "trainer", "config"), dict: ("identity", "symbols", "limits")}

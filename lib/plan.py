@@ -7,7 +7,6 @@ running is not changed by a later one.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -16,7 +15,20 @@ from functools import cached_property
 from pathlib import Path
 
 from lib import atomic, batch_size, design, generations, looks, process, results, tuning
-from lib.cells import FINISHED, LONGEST_NAME, Cell, Status, baseline, expand, inspect, other_seeds, seeds_of, steps_of, whole
+from lib.cells import (
+    FINISHED,
+    LONGEST_NAME,
+    Cell,
+    Status,
+    baseline,
+    expand,
+    inspect,
+    other_seeds,
+    plan_name,
+    seeds_of,
+    steps_of,
+    whole,
+)
 from lib.config import Study, environment_overrides, identity_changes
 from lib.errors import UserError
 from lib.kconfig import BUDGET, Assignment
@@ -234,7 +246,7 @@ class Plan:
                               "limits": {name: getattr(resolved.config, name) for name in process.LIMITS},
                               "config": resolved.text, "identity": resolved.identity, "symbols": resolved.provenance},
                              indent=1)
-        path = self.out / "plan" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+        path = self.out / "plan" / f"{plan_name(content.encode())}.json"
         try:
             whole = path.read_text() == content
         except (OSError, ValueError):

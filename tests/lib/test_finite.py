@@ -8,13 +8,11 @@ from torch import nn
 
 from lib import finite, gradients, optimizers
 from lib.config import load
+from tests.gpu import DEVICES
 
 torch.set_num_threads(1)
 SETTINGS = {"adamw": {"OPTIMIZER_ADAMW": True}, "adamwspam": {"OPTIMIZER_ADAMWSPAM": True},
             "sinkgd": {"OPTIMIZER_SINKGD": True}, "sinkgd, l1": {"OPTIMIZER_SINKGD": True, "SINKGD_L1": True}}
-
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
 def trained(name, steps, bad=None, guarded=True, device="cpu"):

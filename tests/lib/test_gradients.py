@@ -8,9 +8,9 @@ from lib import gradients, optimizers, runtime
 from lib.config import load
 from lib.errors import UserError
 from lib.mechanisms import Mechanisms
+from tests.gpu import DEVICES, needs_gpu
 
 TINY = "gpt2-ra-ablation+tiny"
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def example(device="cpu", step="V0", **symbols):
@@ -66,7 +66,7 @@ def test_of_puts_the_model_into_training_mode():
     assert model.training
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("limit", [0.0, 1e-3, 1e9])
 def test_a_step_after_clip_is_one_after_clip_grad_norm(limit, device):
     after = []

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from lib.optimizers import build
 from lib.optimizers.adamw_spam import AdamWSPAM, clip_spikes, rewarm_factor
+from tests.gpu import DEVICES, needs_gpu
 from tests.lib.optimizers.toy import config, gradient, toy, train
 
 HUGE = 1e30
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
 
 def parameters(device="cpu"):
@@ -242,7 +242,7 @@ def test_closure_is_called_with_gradients_enabled():
     assert optimizer.step(closure).item() == 2.0 and p.abs().sum() > 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@needs_gpu
 def test_a_step_does_not_wait_for_the_device():
     params = parameters("cuda")
     optimizer = AdamWSPAM(params, interval=3, warmup_steps=2)

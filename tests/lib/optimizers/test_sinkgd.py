@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from lib.config import load
 from lib.optimizers import build
 from lib.optimizers.sinkgd import SinkGD, balance
+from tests.gpu import DEVICES, needs_gpu
 from tests.lib.optimizers.toy import config, gradient, toy, train
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 SIZES = st.integers(1, 40)
 
 
@@ -195,7 +195,7 @@ def test_it_learns():
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@needs_gpu
 def test_a_step_does_not_wait_for_the_device():
     model = toy().cuda()
     optimizer = build(model, config("sinkgd"))
