@@ -1,7 +1,7 @@
 # kablate: `make help` lists the goals; README.md says how they fit together.
 #
 # A bare `make` plans the configured study, runs what is missing, and reports. The plan is made anew each time and writes
-# OUT/cells.mk, a makefile with one target a cell; which cells it holds is decided by identity, not by time stamps.
+# a makefile with one target a cell (OUT/cells.mk is a copy); which cells it holds is decided by identity, not by time stamps.
 
 MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
@@ -26,6 +26,10 @@ PYTHON3 := python3
 ANY_PYTHON = $(if $(wildcard $(PYTHON)),$(PYTHON),$(PYTHON3))
 export PYTHON Q
 export PYTHONUNBUFFERED := 1
+# The outermost make, which every program watches, so that nothing outlives it.
+ifndef KABLATE_MAKE_PID
+export KABLATE_MAKE_PID := $(shell echo $$PPID)
+endif
 # CPU threads spin only shortly while they wait for each other: the default is several times slower on a busy machine.
 export GOMP_SPINCOUNT ?= 10000
 
@@ -69,15 +73,14 @@ run: cells ## plan the configured study, run the cells that are missing, report
 	$(Q)$(PYTHON) -m scripts.report $(STEPS)
 endif
 
-# Under UNTIL=decided the last rule of cells.mk calls this again for the next block of seeds. The launcher watches the
-# outermost make, so that nothing outlives it.
+# Under UNTIL=decided the last rule of the plan's makefile calls this again for the next block of seeds.
 .PHONY: cells tune-lr
 ifneq (,$(ONLY_LOOK))
 cells tune-lr: plan
 else
 cells: $(SETUP) ## run the cells that are missing, without a report
 	$(Q)cells=$$($(PYTHON) -m scripts.plan --write $(reasons) $(if $(TUNING),--tune) $(STEPS)) && \
-	KABLATE_MAKE_PID=$${KABLATE_MAKE_PID:-$$PPID} $(MAKE) --no-print-directory -f lib/literal.mk -f "$$cells"
+	$(MAKE) --no-print-directory -f lib/literal.mk -f "$$cells"
 
 tune-lr: $(SETUP) ## sweep the learning rate of every step alike, then run and compare the steps at their best one too
 	$(Q)$(MAKE) --no-print-directory cells TUNE=1
@@ -176,7 +179,7 @@ test: $(SETUP) ## run the tests (no network, no GPU, under 10 minutes on 2 cores
 	$(Q)$(PYTHON) -m pytest
 
 .PHONY: torture
-torture: $(SETUP) ## kill tiny studies, fill their disk, damage their files: nothing may be lost (KILLS=200 SEED=1 WHAT=kills)
+torture: $(SETUP) ## try to lose results: WHAT="kills disk hang clock damage fuzz random", or some (KILLS=200: all, in full)
 	$(Q)$(PYTHON) -m scripts.torture
 
 .PHONY: lint

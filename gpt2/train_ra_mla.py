@@ -11,10 +11,13 @@ again to resume).
 """
 
 import argparse
+import gc
+import importlib
 import json
 import math
-import shutil
+import os
 import sys
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +28,7 @@ KVSPLICE_FLAGS = {f"--kvsplice-{name}": f"KVSPLICE_{name.upper().replace('-', '_
                   for name in ("k", "knots", "samples", "max-batches", "epochs", "lr")}
 sys.path[0] = str(ROOT)  # run as a script, Python puts gpt2/ there, and modules would be found under two names
 
-from lib import failures  # noqa: E402
+from lib import failures, process  # noqa: E402
 from lib.config import Resolved, Study, announce, environment_overrides, identity_changes  # noqa: E402
 from lib.errors import UserError, reported  # noqa: E402
 from lib.kconfig import BUDGET, Assignment  # noqa: E402
@@ -68,8 +71,18 @@ def main() -> int:
         fit = kvsplice_file(args.out, args.ra_mla_ablation_step)
         if not fit.exists():
             raise UserError("the cell diverged, so there is no fit to copy.", f"read {args.out}/metrics.json.")
-        shutil.copyfile(fit, args.kvsplice_save)
+        save_fit(fit, args.kvsplice_save)
     return status
+
+
+def save_fit(fit: Path, target: Path) -> None:
+    """Copy the fit, whole or not at all."""
+    from lib import atomic
+
+    try:
+        atomic.copy(fit, target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror or error}.", f"copy {fit} yourself.") from None
 
 
 def kvsplice_settings(flags: dict) -> list[str]:
@@ -124,8 +137,6 @@ def run_by_hand(resolved: Resolved, step: str, folder: Path) -> int:
 def run_cell(folder: Path) -> int:
     """Train the cell in `folder` to its end, from its checkpoint if there is one. One that runs out of memory says so in
     metrics.json, with its peak."""
-    from lib import process
-
     process.die_with_launcher()
     provenance = read_provenance(folder)
     cfg = planned_configuration(folder, provenance["identity"])
@@ -155,10 +166,11 @@ def planned_configuration(folder: Path, identity: dict):
 
 
 def train_cell(folder: Path, cfg, provenance: dict) -> int:
-    from lib import process
-
     started = datetime.now(UTC).isoformat(timespec="seconds")
 
+    # Until the first step nearly everything that is made stays. Looking through it for garbage, again and again, takes a fifth
+    # of the time that torch and its compiler take to import.
+    gc.disable()
     # Imported here, so that bad input and --help do not wait for torch.
     import torch
 
@@ -170,12 +182,18 @@ def train_cell(folder: Path, cfg, provenance: dict) -> int:
     from lib.schedule import Budget, tokens_per_iteration
 
     stop = loop.StopRequest()
+    # The compiler is imported, which is Python, while data are looked through and weights drawn, which is mostly not.
+    compiler = threading.Thread(target=importlib.import_module, args=("torch._inductor.compile_fx",))
+    if cfg.GPT2_COMPILE:
+        compiler.start()
     corpus = open_corpus(cfg)
     device = runtime.setup(cfg)
     environment = runtime.environment(cfg, device)
     model = GPT(cfg)
     parent = load_parent(model, folder, provenance, cfg.INIT_FROM_STEP) if cfg.INIT_FROM_STEP else None
     model.to(device)
+    if cfg.GPT2_COMPILE:
+        compiler.join()
     optimizer = optimizers.build(model, cfg)
 
     def open_log(keep):
@@ -211,10 +229,8 @@ def train_cell(folder: Path, cfg, provenance: dict) -> int:
         state, reason = "diverged", str(error)
         progress.val_loss = None  # a value from the middle of the run is no result
         if keeping and (name := finite.not_finite(dict(model.named_parameters()))):
-            iteration = bring_back(model, folder)
-            keeping = iteration is not None
-            reason += f"; {name} is not finite, " + (f"so model.pt is the checkpoint of iteration {iteration}" if keeping
-                                                     else "and no checkpoint is there, so there is no model.pt")
+            keeping, found = bring_back(model, folder)
+            reason += f"; {name} is not finite, {found}"
     if keeping:
         checkpoint.save(folder / "model.pt", model=model.state_dict(), configuration=cfg.as_json(),
                         step=provenance["step"], seed=cfg.SEED, identity=provenance["identity"]["hash"])
@@ -230,7 +246,7 @@ def train_cell(folder: Path, cfg, provenance: dict) -> int:
         iterations=progress.iteration, tokens=tokens,
         train_seconds=clocks["train"], tokens_per_second=tokens / clocks["train"] if clocks["train"] else None,
         budget_progress=Budget.from_config(cfg).progress(progress.iteration, clocks["train"]),
-        compile_seconds=clocks["compile"], eval_seconds=clocks["eval"],
+        start_seconds=progress.start_seconds, compile_seconds=clocks["compile"], eval_seconds=clocks["eval"],
         calibration_seconds=clocks["calibration"], checkpoint_seconds=clocks["checkpoint"],
         other_seconds=clocks["other"], resumed=progress.resumed,
         parameters=sum(p.numel() for p in model.parameters()), sizes=model.sizes(),
@@ -243,18 +259,23 @@ def train_cell(folder: Path, cfg, provenance: dict) -> int:
     return 0
 
 
-def bring_back(model, folder: Path) -> int | None:
-    """Give `model` the state of the last checkpoint, which is finite; its iteration, or None if there is none."""
+def bring_back(model, folder: Path) -> tuple[bool, str]:
+    """Give `model` the state of the last checkpoint, which is finite: whether that went, and how to say it. That the run has
+    diverged is its result either way, also where memory does not hold the checkpoint beside the model."""
     from lib import generations
 
     try:
         content = generations.load(folder, "cpu")
     except UserError:
-        return None
+        return False, "and no checkpoint can be read, so there is no model.pt"
+    except (MemoryError, RuntimeError, OSError) as error:
+        if failures.kind(error) != failures.MEMORY:
+            raise
+        return False, "and memory does not hold the checkpoint, so there is no model.pt"
     if content is None:
-        return None
+        return False, "and no checkpoint is there, so there is no model.pt"
     model.load_state_dict(content["model"])
-    return content["progress"]["iteration"]
+    return True, f"so model.pt is the checkpoint of iteration {content['progress']['iteration']}"
 
 
 def read_provenance(folder: Path) -> dict:
@@ -305,4 +326,8 @@ def load_parent(model, folder: Path, provenance: dict, step: str) -> dict:
 
 if __name__ == "__main__":
     with reported(), failures.disk_told_by_exit_status():
-        sys.exit(main())
+        status = main()
+        if os.environ.get(process.LAUNCHER_VARIABLE):
+            sys.stdout.flush()
+            os._exit(status)  # all is on disk and every tracker is closed; taking torch apart takes seconds on a GPU
+        sys.exit(status)

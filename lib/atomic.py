@@ -1,15 +1,16 @@
 """Files that are either whole or absent.
 
-Contract: after `write_text`, `write_bytes` or a finished `replacing` block the file holds the new content, on disk; if
+Contract: after `write_text`, `write_bytes`, `copy` or a finished `replacing` block the file holds the new content, on disk; if
 anything fails or the process dies before that, the old content is still there. The temporary file lies in the same
 folder, because a rename is atomic only within one file system. It is locked while its writer lives, so that what a killed
-process has left can be told from what is being written.
+process has left can be told from what is being written. What `rename` moves and `make_folder` makes is on disk too.
 """
 
 import contextlib
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -37,11 +38,34 @@ def replacing(path, kept_as=None):
         raise
     finally:
         os.close(handle)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def _sync(folder) -> None:
+    """What was made, renamed or moved in `folder` is to survive a power cut: the names are the folder's own content."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself must survive a power cut
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
+
+
+def rename(old, new) -> None:
+    """Rename a file or a folder, also into another folder of the file system; a file that has the new name is replaced."""
+    old, new = Path(old), Path(new)
+    os.replace(old, new)
+    _sync(new.parent)  # first: a power cut between the two leaves it under two names rather than under none
+    if old.parent != new.parent:
+        _sync(old.parent)
+
+
+def make_folder(folder) -> None:
+    """Make `folder`, with those above it that are missing, if it is not there."""
+    folder = Path(folder)
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _sync(path.parent)
 
 
 def _locked_beside(path: Path) -> tuple[int, Path]:
@@ -75,6 +99,12 @@ def remove_orphans(folder) -> None:
 def write_bytes(path, data: bytes) -> None:
     with replacing(path) as temporary:
         temporary.write_bytes(data)
+
+
+def copy(source, path) -> None:
+    """Copy the content of a file, piece by piece."""
+    with replacing(path) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def write_text(path, text: str) -> None:

@@ -190,7 +190,7 @@ def find(study: Study, out: Path, device: dict, share: float, probe: Callable[[P
               "global_batch": global_batch(study), "configured": study.config.BATCH_SIZE, "because": because,
               "device": device, "share": share, "peak_bytes": tried, "programs": [program.digest for program in wanted]}
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        atomic.make_folder(out)
         atomic.write_json(out / NAME, record)
     except OSError as error:
         raise UserError(f"{shown(out)} cannot be written: {error.strerror or error}.",

@@ -23,10 +23,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib import atomic, design, results, tuning
+from lib.archiving import archive
 from lib.cells import FINISHED, LONGEST_NAME, SEED_LIMIT, expand, inspect, is_locked, plan_name
 from lib.errors import UserError
 from lib.paths import shown
-from lib.plan import Plan, archive
+from lib.plan import Plan
 
 AFTERWARDS = ("fisher.json",)  # of scripts/fim.py, which needs the weights
 CELL_FILES = (".config", "provenance.json", "metrics.json", "metrics.jsonl", "training.log", *AFTERWARDS)
@@ -339,7 +340,7 @@ def _merge(out: Path, holder: Path, report: Unpacked) -> None:
     from filelock import FileLock, Timeout
 
     os.sync()  # a cell that is seen after a power cut must be whole
-    out.mkdir(parents=True, exist_ok=True)
+    atomic.make_folder(out)
     with ExitStack() as locks:
         for name in report.replaced:
             if (out / name).is_dir():
@@ -352,12 +353,12 @@ def _merge(out: Path, holder: Path, report: Unpacked) -> None:
         for name in [*report.added, *report.replaced]:
             if name in report.replaced:
                 archive(out, name)
-            (holder / name).rename(out / name)
+            atomic.rename(holder / name, out / name)
         for name in report.same:
             for new in (holder / name / one for one in AFTERWARDS):
                 if new.exists() and not os.path.lexists(out / name / new.name):
-                    new.rename(out / name / new.name)
+                    atomic.rename(new, out / name / new.name)
     for stored in sorted((holder / "plan").glob("*.json")):
         if not (out / "plan" / stored.name).exists():
-            (out / "plan").mkdir(exist_ok=True)
-            stored.rename(out / "plan" / stored.name)
+            atomic.make_folder(out / "plan")
+            atomic.rename(stored, out / "plan" / stored.name)

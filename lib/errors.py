@@ -20,9 +20,14 @@ class UserError(Exception):
 
 
 @contextmanager
-def reported():
-    """Turn a UserError into its two lines on standard error and exit status 2."""
+def reported(ends_with_make: bool = True):
+    """Turn a UserError into its two lines on standard error and exit status 2. What make has started ends with it, unless it
+    sees to that itself."""
+    from lib import process  # which raises UserError itself
+
     try:
+        if ends_with_make:
+            process.die_with_make()
         yield
     except UserError as error:
         what, run = (one_line(text) for text in (error.what, error.run))

@@ -5,9 +5,9 @@ before the one before it is let go, and a damaged one never takes the place of a
 torch, so that what plans and launches can ask whether a cell has something to resume from.
 """
 
-import os
 from pathlib import Path
 
+from lib import atomic
 from lib.errors import UserError
 from lib.paths import shown
 
@@ -42,11 +42,11 @@ def load(folder: Path, device) -> dict | None:
             damage.append(error)
             continue
         if damage:
-            os.replace(folder / NEWEST, folder / DAMAGED)
+            atomic.rename(folder / NEWEST, folder / DAMAGED)
             print(f"warning: {damage[0].what.removesuffix('.')}, it is {DAMAGED} now; going on from the one before it, of "
                   f"iteration {content['progress']['iteration']}", flush=True)
         if name == BEFORE:  # what is saved next is to push out no good one
-            os.replace(folder / BEFORE, folder / NEWEST)
+            atomic.rename(folder / BEFORE, folder / NEWEST)
         return content
     if damage:
         raise UserError(f"{shown(folder)} has no checkpoint that can be read: {damage[0].what}",

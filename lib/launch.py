@@ -8,6 +8,7 @@ says where each of its threads was. A cell that still stops, because its make wa
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from lib import atomic, failures, generations, process, results
 from lib.cells import Cell, plan_name
 from lib.config import Config, Resolved
 from lib.errors import UserError, one_line
-from lib.paths import ROOT, shown
+from lib.paths import ROOT, shown, user_cache
 from lib.tables import count, duration
 
 POLL_SECONDS = 0.2
@@ -60,7 +61,7 @@ def read_plan(plan: Path, seed: int, folder: Path, parent: str | None) -> Cell:
 
 def prepare(folder: Path, cell: Cell) -> None:
     """Write the cell's .config and provenance.json."""
-    folder.mkdir(parents=True, exist_ok=True)
+    atomic.make_folder(folder)
     atomic.write_text(folder / ".config", cell.resolved.with_seed(cell.seed).text)
     atomic.write_json(folder / "provenance.json", cell.provenance())
 
@@ -70,9 +71,9 @@ def run(folder: Path, plan: Path, seed: int, position: str, parent: str | None, 
     cell = read_plan(plan, seed, folder, parent)
     title = f"{position:>7}  {cell.step} seed {seed}"
     make = process.number_in(process.MAKE_VARIABLE)
-    watch = process.Watch(os.getppid(), *([] if make is None else [make]))
+    watch = process.Watch(*([] if make is None else [make]), parent=os.getppid())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        atomic.make_folder(folder)
         known = results.read(folder)
         with _locked(folder, title, cell.resolved.config.STOP_SECONDS, watch) as lock:
             if record := results.read(folder):
@@ -103,7 +104,10 @@ def _locked(folder: Path, title: str, stop_seconds: int, watch: process.Watch):
     while True:
         try:
             lock.acquire(timeout=LOCK_SECONDS)
-            break
+            if process.is_in_place(lock):
+                break
+            lock.release()  # a plan has archived the folder meanwhile: the next try makes a new one
+            continue
         except Timeout:
             waited = time.monotonic() - begun
             if process.claimed_by(folder / ".lock") is not None or waited > stop_seconds + LOCK_SECONDS or watch.ended():
@@ -137,7 +141,8 @@ def _run_locked(folder: Path, cell: Cell, title: str, position: str, watch: proc
         log_start = log.tell()
         child = subprocess.Popen([sys.executable, str(ROOT / cell.resolved.config.TRAINER), "--cell", str(folder)], stdout=log,
                                  stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-                                 pass_fds=[life.handle, *lock], env={**os.environ, process.LAUNCHER_VARIABLE: str(os.getpid()),
+                                 pass_fds=[life.handle, *lock], env={**os.environ, **bytecode_is_kept(),
+                                                              process.LAUNCHER_VARIABLE: str(os.getpid()),
                                                               process.LIFE_VARIABLE: str(life.handle),
                                                               process.STOP_VARIABLE: str(limits.STOP_SECONDS)})
         try:
@@ -176,6 +181,18 @@ def _run_locked(folder: Path, cell: Cell, title: str, position: str, watch: proc
         measured = {"peak_memory_bytes": peak}
     conclude(folder, cell, title, display, child.returncode, log_start, time.monotonic() - begun, reason, **measured)
     return 128 + asked[0][0] if asked else 0
+
+
+def bytecode_is_kept() -> dict[str, str]:
+    """The environment in which Python keeps the bytecode of what a cell imports: in the user's cache, where torch came without
+    it and this process may not write it beside the sources (an image with PYTHONDONTWRITEBYTECODE, another user's
+    installation). Every cell would compile some thousand files of torch anew, for 7 s (docs/performance.md)."""
+    found = importlib.util.find_spec("torch")
+    for folder in map(Path, found.submodule_search_locations if found else ()):
+        kept = (folder / "__pycache__").is_dir() or os.access(folder, os.W_OK) and not sys.dont_write_bytecode
+        if not (kept or sys.pycache_prefix):
+            return {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(user_cache() / "bytecode")}
+    return {}
 
 
 def _signal(child: subprocess.Popen, number: int, group: bool = False) -> None:

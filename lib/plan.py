@@ -1,12 +1,10 @@
 """The plan: which cells must run, why, and the makefile that runs them.
 
-Invariants: a done cell's result is never touched; a stale cell is archived, never overwritten; a folder is moved or cleaned
-only under its lock, after a second look at it, because another make may work in it since the first; nothing is written unless
-`write` is called. The resolved configuration of each step is stored in OUT/plan/ under its own hash, so a plan that is
-running is not changed by a later one.
+Invariants: a done cell's result is never touched; a stale cell is archived, never overwritten (lib/archiving.py); nothing is
+written unless `write` is called, and one plan of a folder is written at a time, after what another make has put on record
+since. Nor is a plan that is running, or about to, changed by a later one (lib/makefile.py).
 """
 
-import contextlib
 import json
 import os
 import re
@@ -14,7 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lib import atomic, batch_size, design, generations, looks, process, results, tuning
+from lib import atomic, batch_size, design, looks, makefile, tuning
+from lib.archiving import archive_stale, remove_checkpoints
 from lib.cells import (
     FINISHED,
     LONGEST_NAME,
@@ -24,7 +23,6 @@ from lib.cells import (
     expand,
     inspect,
     other_seeds,
-    plan_name,
     seeds_of,
     steps_of,
     whole,
@@ -35,7 +33,6 @@ from lib.kconfig import BUDGET, Assignment
 from lib.paths import ROOT, shown
 
 LONGEST_PATH = 3000  # systems end at 4096, and cells lie below it
-LOCK_SECONDS = 1.0  # another plan that looks whether a cell runs holds its lock for an instant
 RUNS = ("planned", "interrupted", "stale")
 SAFE_PATH = re.compile(r"[A-Za-z0-9_.+/-]+")
 
@@ -77,8 +74,15 @@ class Plan:
         expand(self.study, [])  # nor a wrong value by its name in a folder's
         self.out = self._folder()
         self.micro_batch = batch_size.settle(self.study, self.out)  # from here on the study resolves to what its cells run with
+        self._look()
+
+    def _look(self) -> None:
+        """What is on disk, and what follows from it."""
+        for name in ("history", "jobs", "_wanted"):  # of an earlier look
+            vars(self).pop(name, None)
         self.status: dict[str, Status] = {}
         self.recorded = design.read(self.out)
+        options = self.options
         self.sweep = tuning.sweep(self.study, self.out) if options.tune or tuning.started(self.study, self.out) else None
         self.undecided: list[str] = []  # arms that the last look left without a verdict
         self._choose_seeds()
@@ -191,69 +195,30 @@ class Plan:
         return wanted
 
     def write(self) -> Path:
-        """Archive stale cells, put the design on record, and write OUT/cells.mk with what must run; returns its path. A stale
+        """Archive stale cells, put the design on record, and write a makefile with what must run; returns its path. A stale
         cell that another make has taken up since the plan was made is left to it, and has its state of now from then on."""
-        history = self.history
         try:
-            (self.out / "plan").mkdir(parents=True, exist_ok=True)
-            for folder in (self.out, self.out / "plan"):
-                atomic.remove_orphans(folder)
-            design.write(self.out, history)
-            for cell, status, runs in self.rows():
-                if runs and status.state == "stale":
-                    self.status[cell.name] = archive_stale(self.out, cell) or status
-            for name, status in self.status.items():
-                if status.state in FINISHED:
-                    remove_checkpoints(self.out / name)
-            must_run = [cell for cell, _, runs in self.rows() if runs]
-            makefile = self.out / "cells.mk"
-            atomic.write_text(makefile, self._makefile(must_run))
+            atomic.make_folder(self.out / "plan")
+            with makefile.alone(self.out):
+                if design.read(self.out) != self.recorded:  # by another make, since we looked
+                    self._look()
+                return self._write()
         except OSError as error:
             raise UserError(f"{shown(self.out)} cannot be written: {error.strerror or error}.",
                             "make OUT=folder with a folder you may write to.") from None
-        return makefile
 
-    def _makefile(self, must_run: list[Cell]) -> str:
-        out = self.out
-        targets = {cell.name: f"{out}/{cell.name}/metrics.json" for cell in must_run}
-        lines = ["# Written by the plan: the cells that must run. Make it anew with make; do not edit.",
-                 "CELLS :=" + "".join(f" \\\n  {t}" for t in targets.values()),
-                 f"all: $(CELLS)\n\t{self._afterwards(must_run)}", ".PHONY: all FORCE", ".PRECIOUS: $(CELLS)"]
-        if self.jobs > 1 and not re.search(r"(^| )(-j|--jobserver)", os.environ.get("MAKEFLAGS", "")):
-            lines.insert(1, f"MAKEFLAGS += -j{self.jobs}")
-        stored: dict[int, Path] = {}
-        for number, cell in enumerate(must_run, 1):
-            if id(cell.resolved) not in stored:
-                stored[id(cell.resolved)] = self._store(cell)
-            parent = f" {targets[cell.parent]}" if cell.parent in targets else ""
-            lines.append(f"{targets[cell.name]}: FORCE{parent}\n\t$(Q)$(PYTHON) -m scripts.cell {out}/{cell.name} "
-                         f"--plan {stored[id(cell.resolved)]} --seed {cell.seed} --of {number}/{len(must_run)}"
-                         + (f" --parent {cell.parent}" if cell.parent else "")
-                         + (" --retry" if self.status[cell.name].state == "failed" else ""))
-        return "\n".join(lines) + "\n"
-
-    def _afterwards(self, must_run: list[Cell]) -> str:
-        """Under UNTIL=decided the next look follows, which adds a block of seeds if something is still undecided."""
-        if not self.options.until or not must_run:
-            return "@:"
-        return f"$(Q)$(MAKE) --no-print-directory cells LOOK={len(self.asked)}"
-
-    def _store(self, cell: Cell) -> Path:
-        """The seed-free configuration of a step, under its hash."""
-        resolved = cell.resolved
-        content = json.dumps({"step": cell.step, "optimizer": cell.optimizer, "study": self.study.name,
-                              "trainer": resolved.config.TRAINER,
-                              "limits": {name: getattr(resolved.config, name) for name in process.LIMITS},
-                              "config": resolved.text, "identity": resolved.identity, "symbols": resolved.provenance},
-                             indent=1)
-        path = self.out / "plan" / f"{plan_name(content.encode())}.json"
-        try:
-            whole = path.read_text() == content
-        except (OSError, ValueError):
-            whole = False
-        if not whole:  # or damaged since
-            atomic.write_text(path, content)
-        return path
+    def _write(self) -> Path:
+        history = self.history
+        for folder in (self.out, self.out / "plan"):
+            atomic.remove_orphans(folder)
+        design.write(self.out, history)
+        for cell, status, runs in self.rows():
+            if runs and status.state in ("stale", "failed"):
+                self.status[cell.name] = archive_stale(self.out, cell) or Status("stale", status.why)
+        for name, status in self.status.items():
+            if status.state in FINISHED:
+                remove_checkpoints(self.out / name)
+        return makefile.write(self, [cell for cell, _, runs in self.rows() if runs])
 
     def rows(self) -> list[tuple[Cell, Status, bool]]:
         """The cells that make may run now: the study's of the seeds asked for, or with `tune` those of the sweep."""
@@ -295,40 +260,3 @@ class Plan:
         if not all(c.DEVICE == "cpu" and c.CPU_THREADS and not c.GPT2_MAX_TIME for c in configs):
             return 1  # a neighbour would take training from a cell whose budget is seconds
         return max(1, len(os.sched_getaffinity(0)) // max(c.CPU_THREADS for c in configs))
-
-
-def archive(out: Path, name: str) -> None:
-    """Move a cell's folder to OUT/archive/, under the first free number."""
-    (out / "archive").mkdir(exist_ok=True)
-    number = 1
-    while (target := out / "archive" / f"{name}.{number}").exists():
-        number += 1
-    (out / name).rename(target)
-
-
-def archive_stale(out: Path, cell: Cell) -> Status | None:
-    """Archive a cell that was found stale; its state of now, if it is so no longer or another make is at work in its folder."""
-    from filelock import FileLock, Timeout
-
-    if not (out / cell.name).is_dir():  # archived by another make, which has not begun it yet; a lock would make it anew
-        return inspect(out, cell)
-    try:
-        with FileLock(out / cell.name / ".lock", timeout=LOCK_SECONDS):
-            status = inspect(out, cell, held=True)
-            if status.state == "stale":
-                archive(out, cell.name)
-                return None
-            return status
-    except Timeout:
-        return Status("running", "another make is at work in its folder")
-
-
-def remove_checkpoints(folder: Path) -> None:
-    """Remove those of a finished cell, if there are any: it was killed between its result and the end of its process."""
-    if not any(os.path.exists(folder / name) for name in (*generations.NAMES, generations.DAMAGED)):
-        return
-    from filelock import FileLock, Timeout
-
-    with contextlib.suppress(Timeout, OSError), FileLock(folder / ".lock", timeout=0):  # the next plan tries again
-        if (record := results.read(folder)) and record["state"] in FINISHED:
-            generations.remove(folder)

@@ -2,7 +2,7 @@
 
 A cell runs in its own process group under a launcher. The launcher watches make's process; the cell asks the kernel for
 a signal when the launcher dies. Both end in SIGTERM to the cell, which saves and stops within STOP_SECONDS: whoever is left,
-the launcher or the cell itself, kills the cell's group after that.
+the launcher or the cell itself, kills the cell's group after that. Other programs of make's watch make themselves.
 
 The cell in turn shows the launcher that it gets on, by a byte through a pipe now and then. A pipe needs no disk and no clock
 that two processes agree on, and nothing is left of it. Asked with STACKS_SIGNAL, it says where it is.
@@ -58,9 +58,23 @@ def die_with_launcher() -> None:
     except (OSError, AttributeError):
         return  # not Linux: the launcher forwards signals, but cannot be killed with -9 safely
     if grace is not None:
-        threading.Thread(target=_killed_after, args=(Watch(launcher), grace), daemon=True).start()
+        threading.Thread(target=_killed_after, args=(Watch(parent=launcher), grace), daemon=True).start()
     if os.getppid() != launcher:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def die_with_make() -> None:
+    """In a program that make has started, itself or through a shell: receive SIGTERM when make has ended, however it did. No
+    effect without make, and in what has a launcher, which sees to it."""
+    make = number_in(MAKE_VARIABLE)
+    if make is None or os.environ.get(LAUNCHER_VARIABLE):
+        return
+
+    def ended(watch):
+        watch.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ended, args=(Watch(make),), daemon=True).start()
 
 
 def _killed_after(launcher: "Watch", seconds: int) -> None:
@@ -75,6 +89,16 @@ def held_by_children(lock) -> list[int]:
     while it saves and stops, no other launcher may start it a second time. FileLock has no public name for it."""
     handle = getattr(getattr(lock, "_context", None), "lock_file_fd", None)
     return [] if handle is None else [handle]
+
+
+def is_in_place(lock) -> bool:
+    """Whether a FileLock that we hold is still the one that its path names: its folder may have been moved away after it was
+    opened, and before it was ours."""
+    handles = held_by_children(lock)
+    try:
+        return not handles or os.path.samestat(os.fstat(handles[0]), os.stat(lock.lock_file))
+    except FileNotFoundError:
+        return False
 
 
 def claim(handles: list[int], held: bool = True) -> None:
@@ -100,17 +124,20 @@ def claimed_by(lock: Path) -> int | None:
 
 
 class Watch:
-    """Tells whether any of the processes given has ended. A pid that is reused later cannot fool it."""
+    """Tells whether any of the processes given has ended. A pid that is reused later cannot fool it; that of `parent`, from
+    which this process has come, not even one that has been reused before."""
 
-    def __init__(self, *pids: int):
+    def __init__(self, *pids: int, parent: int | None = None):
         self.handles = []
-        for pid in pids:
+        for pid in pids if parent is None else (*pids, parent):
             try:
                 self.handles.append(os.pidfd_open(pid))
             except ProcessLookupError:
                 self.handles.append(None)  # ended before we could look
             except (OSError, AttributeError):
                 pass  # no pidfd here: not watched
+        if parent not in (None, os.getppid()):  # looked at last: while it is our parent, its number is nobody else's
+            self.handles.append(None)
 
     def ended(self) -> bool:
         if None in self.handles:

@@ -21,5 +21,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    with reported():
+    with reported(ends_with_make=False):  # lib.launch stops the cell first
         sys.exit(main())

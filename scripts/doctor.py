@@ -6,6 +6,7 @@ changes nothing. Exit status 1 if there is a problem.
 """
 
 import argparse
+import fcntl
 import importlib.metadata
 import importlib.util
 import os
@@ -179,23 +180,40 @@ def vocabulary(config) -> Iterator[Line]:
 
 
 def results(plan) -> Iterator[Line]:
-    """The results folder: may be written, and has room for what the study still writes."""
+    """The results folder: may be written, can be locked, and has room for what the study still writes."""
     folder = plan.out
     while not folder.exists():
         folder = folder.parent
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-"):
-            pass
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as probe:
+            flaw = lock_flaw(probe.name)
     except OSError as error:
         yield Line("problem", f"{shown(folder)} cannot be written: {error.strerror}",
                    "make OUT=folder with one you may write to")
         return
+    if flaw:
+        yield Line("problem", f"{shown(folder)} is on a file system whose locks do not work ({flaw}): two makes could run one "
+                   "cell, or one make none", "make OUT=folder with one on another file system, or mount it with locks")
     needed, free = disk_needed(plan), shutil.disk_usage(folder).free
     text = f"{shown(plan.out)} may be written; the study still needs about {gibibytes(needed)}, {gibibytes(free)} are free"
     if free < needed:
         yield Line("problem", text, "make room, give another folder with OUT=, or set SAVE_MODEL=n")
     else:
         yield Line("warning" if free < 1.5 * needed else "ok", text)
+
+
+def lock_flaw(path) -> str | None:
+    """Why a lock on this file keeps nobody out; None if it does. Cells and plans are locked so."""
+    with open(path, "rb+") as one, open(path, "rb+") as other:
+        try:
+            fcntl.flock(one, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.strerror
+        try:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return None
+    return "a second lock was given on a locked file"
 
 
 def disk_needed(plan) -> int:

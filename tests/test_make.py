@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.harness import ROOT, copy_tree, copy_tree_that_trains_nothing, replace
+from tests.lib.test_process import alive
 
 STUDY = """CONFIG_MODEL_TINY=y
 CONFIG_DATA_PYSTDLIB=y
@@ -247,6 +248,48 @@ def test_killed_cells_resume_bit_for_bit(tmp_path):
     assert killed.metrics("V3")["resumed"] == 1
     assert equal(killed.weights("V3"), straight.weights("V3"))
     assert killed.metrics("V3")["val_loss"] == straight.metrics("V3")["val_loss"]
+
+
+@pytest.mark.parametrize("restored", [True, False])
+def test_a_cell_whose_data_have_changed_goes_on_with_the_old_or_is_archived_for_the_new(tmp_path, restored):
+    """What its row and make plan say to do, done."""
+    data, tokens = tmp_path / "data", [bytes([n + 1, 0]) * 3000 for n in range(9)]
+    data.mkdir()
+    (data / "val.bin").write_bytes(tokens[0])
+    (data / "train.bin").write_bytes(b"".join(tokens))
+    study = Study(tmp_path, ABLATION_STEPS='"V0"', GPT2_MAX_ITERS=40, DATA_LOCAL_DIR=f'"{data}"')
+    replace(study.config, "CONFIG_DATA_PYSTDLIB=y\n", "CONFIG_DATA_LOCAL=y\n")
+    folder = study.out / "test_V0_adamwspam_none"
+    process = study.start("cells")
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size)
+    os.killpg(process.pid, signal.SIGINT)
+    assert "interrupted after" in process.communicate(timeout=60)[0]
+    (data / "train.bin").write_bytes(b"".join(reversed(tokens)))
+    assert "failed: refused: " in study.make("cells")[1]
+    assert "make RETRY=1 goes on from its checkpoint if the data are again what they were" in study.make("plan")[1]
+    if restored:
+        (data / "train.bin").write_bytes(b"".join(tokens))
+    code, output = study.make("cells", "RETRY=1")
+    assert code == 0 and study.metrics("V0")["state"] == "done", output
+    assert study.metrics("V0")["resumed"] == (1 if restored else 0)
+    archived = [path.name for path in (study.out / "archive").glob("*/checkpoint.pt")]
+    assert archived == ([] if restored else ["checkpoint.pt"])
+
+
+def test_a_long_program_does_not_outlive_a_make_that_is_killed(tmp_path):
+    study = Study(tmp_path)
+    process = study.start("check", "ALL=1")
+
+    def children():
+        found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return [int(pid) for pid in found if b"scripts.check" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    child, = wait_for(children)
+    time.sleep(1)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not alive(child), seconds=15)
+    process.stdout.close()
 
 
 def test_a_cell_killed_before_its_first_checkpoint_is_not_forgotten(tmp_path):

@@ -59,9 +59,9 @@ def prepare(cfg, progress: Callable[[int, int], None] | None = None) -> dict:
     folder = repo_path(cfg.DATA_DIR) / cfg.DATASET
     if (folder / "corpus.json").exists():  # asked before anything is written: the folder may be shared and read-only
         return _finished(folder, cfg)
-    folder.mkdir(parents=True, exist_ok=True)
     request = {"name": cfg.DATASET, "tokenizer": "gpt2", "source": _source_name(cfg)}
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / ".lock", timeout=0):
             if (folder / "corpus.json").exists():  # finished by another process just now
                 return _finished(folder, cfg)
@@ -80,6 +80,12 @@ def prepare(cfg, progress: Callable[[int, int], None] | None = None) -> dict:
                                     train_limit=cfg.DATA_PREPARE_TOKENS, progress=shows)
     except filelock.Timeout as error:
         raise UserError(f"Another process is preparing {shown(folder)}.", "wait for it, then make data") from error
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # of the disk: what reads the source has sentences of its own
+        raise UserError(f"{shown(folder)} cannot be written: {error.strerror or error}.",
+                        "make room, or set DATA_DIR with make menuconfig; then make data: it goes on after the last full shard"
+                        ) from error
 
 
 def gpt2_encoding():

@@ -11,9 +11,10 @@ import torch
 
 from gpt2.model import GPT
 from gpt2.train_ra_mla import run_cell
-from lib import checkpoint, loop, process, results
+from lib import checkpoint, generations, loop, process, results
 from lib.cells import Cell
 from lib.config import Study
+from lib.errors import UserError
 from lib.kconfig import Assignment
 from lib.launch import prepare
 from tests.harness import ROOT
@@ -126,6 +127,26 @@ def test_a_broken_weight_is_not_kept_and_without_a_checkpoint_there_is_no_model(
     folder, record = cell(3)
     assert record["state"] == "diverged" and record["reason"].endswith(
         "; transformer.ln_f.weight is not finite, and no checkpoint is there, so there is no model.pt")
+    assert not (folder / "model.pt").exists()
+
+
+@pytest.mark.parametrize("error, said", [
+    (MemoryError(), "memory does not hold the checkpoint"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory does not hold the checkpoint"),
+    (UserError("the disk.", "mend it."), "no checkpoint can be read")])
+def test_that_it_diverged_stays_the_result_where_its_checkpoint_cannot_be_brought_back(cell, monkeypatch, error, said):
+    """A retry would train to the same divergence again."""
+    real, loads = generations.load, []
+
+    def load(*arguments):
+        loads.append(arguments)
+        if len(loads) > 1:  # the first asks whether to resume
+            raise error
+        return real(*arguments)
+
+    monkeypatch.setattr(generations, "load", load)
+    folder, record = cell(3)
+    assert record["state"] == "diverged" and record["reason"].endswith(f" is not finite, and {said}, so there is no model.pt")
     assert not (folder / "model.pt").exists()
 
 

@@ -1,11 +1,13 @@
 """KVSplice in a cell: what it is fitted to, what its record says, and that its file is used, not only written."""
 
+import errno
 import json
 
 import pytest
 import torch
 
-from gpt2 import kvsplice, trained
+from gpt2 import kvsplice, train_ra_mla, trained
+from lib import atomic
 from lib.cells import Cell
 from lib.config import Study
 from lib.kconfig import Assignment
@@ -126,6 +128,19 @@ def test_by_hand_a_cell_trains_and_is_fitted_at_its_end(tmp_path):
     assert rows[-1]["val_loss"] == record["compression"]["val_loss_before"]  # it trained without
     assert (tmp_path / "fit.pt").read_bytes() == (tmp_path / "cell/kvsplice_V0.pt").read_bytes()
     assert [record["configuration"][f"KVSPLICE_{name}"] for name in ("KNOTS", "LR", "EPOCHS")] == [5, 0.01, 1]
+
+
+def test_a_fit_that_is_copied_onto_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    def full(_, temporary):
+        temporary.write_bytes(b"x")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "cell.pt").write_bytes(b"new")
+    (tmp_path / "fit.pt").write_bytes(b"old")
+    monkeypatch.setattr(atomic.shutil, "copyfile", full)
+    what, _ = refusal(train_ra_mla.save_fit, tmp_path / "cell.pt", tmp_path / "fit.pt")
+    assert what == f"{tmp_path}/fit.pt cannot be written: No space left on device."
+    assert (tmp_path / "fit.pt").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_flag_of_kvsplice_without_kvsplice_is_refused():

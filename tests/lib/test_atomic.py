@@ -169,3 +169,56 @@ def test_a_file_system_without_locks_can_be_written_and_keeps_its_orphans(tmp_pa
     atomic.write_text(tmp_path / "file", "x")
     atomic.remove_orphans(tmp_path)
     assert names(tmp_path) == [".x.tmp", "file"]
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """The folders that were brought to disk, and the renames between them, in their order."""
+    seen, real = [], os.fsync
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            seen.append(os.readlink(f"/proc/self/fd/{handle}"))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda old, new: (seen.append("renamed"), os.rename(old, new)))
+    return seen
+
+
+def test_what_is_renamed_is_on_disk_in_both_folders(tmp_path, synced):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a/file").write_text("x")
+    atomic.rename(tmp_path / "a/file", tmp_path / "a/other")
+    assert synced == ["renamed", str(tmp_path / "a")]
+    atomic.rename(tmp_path / "a/other", tmp_path / "b/file")
+    assert synced[2:] == ["renamed", str(tmp_path / "b"), str(tmp_path / "a")] and (tmp_path / "b/file").read_text() == "x"
+
+
+def test_folders_that_are_made_are_on_disk_and_those_that_are_there_cost_nothing(tmp_path, synced):
+    atomic.make_folder(tmp_path / "a/b/c")
+    assert (tmp_path / "a/b/c").is_dir()
+    assert sorted(synced) == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a/b")]
+    atomic.make_folder(tmp_path / "a/b/c")
+    assert len(synced) == 3
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        atomic.make_folder(tmp_path / "file/below")
+
+
+def test_a_copy_is_whole_or_the_old_file_stays(tmp_path, monkeypatch):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(bytes(3_000_000))
+    target.write_text("old")
+
+    def half(_, temporary):
+        temporary.write_bytes(b"x")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(atomic.shutil, "copyfile", half)
+        atomic.copy(source, target)
+    assert target.read_text() == "old" and names(tmp_path) == ["source", "target"]
+    atomic.copy(source, target)
+    assert target.read_bytes() == source.read_bytes() and names(tmp_path) == ["source", "target"]

@@ -107,3 +107,14 @@ def test_a_disk_that_fails_does_not_cost_the_newest(tmp_path):
     (tmp_path / NEWEST).mkdir()
     what, _ = refusal(generations.load, tmp_path, "cpu")
     assert what == f"{tmp_path}/{NEWEST} cannot be read: Is a directory." and (tmp_path / BEFORE).exists()
+
+
+def test_what_moves_at_a_fall_back_is_on_disk(tmp_path, monkeypatch):
+    """After a power cut the good one would else lie under the name of the older one, and be pushed out."""
+    save(tmp_path, 10, 20)
+    damage(tmp_path / NEWEST)
+    seen, real = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (seen.append(os.path.basename(new)), real(old, new)))
+    monkeypatch.setattr(os, "fsync", lambda handle: seen.append(os.readlink(f"/proc/self/fd/{handle}")))
+    assert iteration(tmp_path) == 10
+    assert seen == [generations.DAMAGED, str(tmp_path), NEWEST, str(tmp_path)]

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import signal
@@ -9,11 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lib import atomic, failures, process, results
-from lib.launch import Display, run
+from lib.launch import Display, bytecode_is_kept, run
 from tests.harness import ROOT, refusal
 from tests.lib.test_process import alive
 
@@ -384,3 +386,49 @@ def test_a_launcher_that_breaks_takes_its_cell_with_it(tmp_path, monkeypatch):
     with pytest.raises(BrokenPipeError):
         run_planned(tmp_path, f"{IN_TREE}\n{SAVES}".replace("time.sleep(4)", "time.sleep(1)"))
     assert (tmp_path / "cell/saved").exists() and not alive(int((tmp_path / "cell/started").read_text()))
+
+
+def test_a_lock_of_a_folder_that_was_archived_meanwhile_is_not_the_cells(tmp_path, monkeypatch):
+    """Opened before a plan moved the folder away, and given after: another launcher could run the cell in the new folder."""
+    from filelock import FileLock
+
+    real, moved = FileLock.acquire, []
+
+    def acquire(lock, *arguments, **options):
+        held = real(lock, *arguments, **options)
+        if not moved:
+            moved.append(os.rename(tmp_path / "cell", tmp_path / "archived"))
+        return held
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    program = ("import fcntl\nfile = open(folder + '/.lock')\n"
+               "try:\n    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+               "except OSError:\n    open(folder + '/locked', 'w')\nsys.exit(75)")
+    assert run_planned(tmp_path, program) == 0
+    assert moved and (tmp_path / "cell/locked").exists() and (tmp_path / "cell/.config").exists()
+    assert os.listdir(tmp_path / "archived") == [".lock"]
+
+
+# What a cell imports
+
+@pytest.mark.parametrize("bytecode, writable, forbidden, kept", [
+    (True, False, True, True), (False, True, False, True), (False, True, True, False), (False, False, False, False)])
+def test_bytecode_is_kept_in_the_users_cache_where_it_would_be_lost(bytecode, writable, forbidden, kept, tmp_path, monkeypatch):
+    torch = tmp_path / "torch"
+    torch.mkdir()
+    if bytecode:
+        (torch / "__pycache__").mkdir()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(torch)]))
+    monkeypatch.setattr(os, "access", lambda path, mode: writable)
+    monkeypatch.setattr(sys, "dont_write_bytecode", forbidden)
+    monkeypatch.setattr(sys, "pycache_prefix", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    own = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path / "cache" / "kablate" / "bytecode")}
+    assert bytecode_is_kept() == ({} if kept else own)
+    monkeypatch.setattr(sys, "pycache_prefix", "/elsewhere")
+    assert bytecode_is_kept() == {}, "somebody has said where"
+
+
+def test_without_torch_there_is_no_bytecode_to_keep(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert bytecode_is_kept() == {}

@@ -168,3 +168,74 @@ def test_the_kernels_count_of_kills_for_want_of_memory(monkeypatch, tmp_path):
     assert process.memory_kills() is None
     (tmp_path / "vmstat").unlink()
     assert process.memory_kills() is None
+
+
+def test_a_stranger_with_the_number_of_a_parent_that_has_ended_is_not_watched(monkeypatch):
+    """It ended, and its number went to another, before it could be opened."""
+    stranger = python("import time; time.sleep(60)")
+    try:
+        assert not Watch(parent=os.getppid()).ended()
+        assert Watch(parent=stranger.pid).ended(), "it is not our parent"
+        real = os.getppid()
+        monkeypatch.setattr(os, "getppid", lambda: 1)  # what the kernel says from then on
+        assert Watch(os.getpid(), parent=real).ended()
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+# A program of make's: every one runs its work under `reported`.
+PROGRAM = """
+import os, sys, time
+from lib.errors import reported
+with reported(ends_with_make=sys.argv[1] == "ends"):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+"""
+# A shell of make's, which a recipe with more than one command has: it does not end with make.
+THROUGH_A_SHELL = "import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', *sys.argv[1:]]).wait()"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_program_of_makes_ends_with_make_also_behind_a_shell(number):
+    make = python("import time; time.sleep(60)")
+    shell = python(THROUGH_A_SHELL, PROGRAM, "ends", KABLATE_MAKE_PID=str(make.pid))
+    program = int(shell.stdout.readline())
+    time.sleep(0.3)
+    assert alive(program)
+    make.send_signal(number)
+    make.wait()
+    assert shell.communicate(timeout=30)[0] == ""
+
+
+@pytest.mark.parametrize("how, variables", [("ends", {}), ("sees to it itself", {"KABLATE_MAKE_PID": "make"}),
+                                            ("ends", {"KABLATE_MAKE_PID": "make", "KABLATE_LAUNCHER_PID": "launcher"})])
+def test_who_has_no_make_or_a_launcher_of_its_own_does_not(how, variables):
+    make = python("import time; time.sleep(60)")
+    pids = {"make": make.pid, "launcher": os.getpid()}
+    program = python(PROGRAM, how, **{name: str(pids[which]) for name, which in variables.items()})
+    program.stdout.readline()
+    make.kill()
+    make.wait()
+    time.sleep(0.5)
+    assert alive(program.pid)
+    program.kill()
+    program.communicate()
+
+
+def test_the_number_of_make_is_a_number(monkeypatch):
+    monkeypatch.setenv(process.MAKE_VARIABLE, "x;id")
+    assert refusal(process.die_with_make)[0] == "KABLATE_MAKE_PID=x;id is no number."
+
+
+def test_a_lock_in_a_folder_that_was_moved_away_is_none(tmp_path):
+    from filelock import FileLock
+
+    (tmp_path / "cell").mkdir()
+    with FileLock(tmp_path / "cell/.lock") as lock:
+        assert process.is_in_place(lock)
+        (tmp_path / "cell").rename(tmp_path / "archived")
+        assert not process.is_in_place(lock)
+        (tmp_path / "cell").mkdir()
+        (tmp_path / "cell/.lock").touch()
+        assert not process.is_in_place(lock)

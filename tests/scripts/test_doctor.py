@@ -162,3 +162,18 @@ def test_a_check_that_fails_itself_is_a_line():
 
     line = only(doctor._lines(broken, None))
     assert line.level == "warning" and "broken could not be looked at: RuntimeError: oh no" in str(line)
+
+
+@pytest.mark.parametrize("flock, said", [
+    (lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")), "(No locks available)"),
+    (lambda *_: None, "(a second lock was given on a locked file)")])
+def test_a_file_system_whose_locks_do_not_work_is_a_problem(monkeypatch, dotconfig, tmp_path, flock, said):
+    from lib.plan import Options, Plan
+
+    dotconfig(*TINY, f'OUTPUT_DIR="{tmp_path}/out"')
+    plan = Plan(Options())
+    assert all("do not work" not in line[1] for line in lines(doctor.results, plan))
+    monkeypatch.setattr(doctor.fcntl, "flock", flock)
+    level, what = lines(doctor.results, plan)[0][:2]
+    assert level == "problem" and said in what and what.startswith(f"{tmp_path} is on a file system")
+    assert list(tmp_path.glob(".doctor-*")) == []

@@ -1,6 +1,8 @@
+import errno
 import io
 import json
 import logging
+import os
 
 import filelock
 import numpy as np
@@ -126,6 +128,21 @@ def test_a_folder_of_text_files(config, tmp_path, encoding):
         (tmp_path / "in" / f"{index:02d}.txt").write_text(text)
     train, val = prepared(config(DATASET="shakespeare", DATA_SOURCE=str(tmp_path / "in")))
     assert train == ids(encoding, TEXTS[:19] + TEXTS[20:25]) and val == ids(encoding, [TEXTS[19]])
+
+
+def test_a_full_disk_is_one_sentence_and_the_next_call_goes_on(config, tmp_path, encoding, monkeypatch):
+    cfg = config(DATASET="finewebedu", DATA_SOURCE=jsonl(tmp_path / "in.jsonl", TEXTS))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.atomic, "write_bytes", full)
+        with pytest.raises(UserError, match="finewebedu cannot be written: No space left on device.") as raised:
+            prepare.prepare(cfg)
+    assert "make data" in raised.value.run
+    train, val = prepared(cfg)
+    assert train and val
 
 
 @pytest.mark.parametrize("stop", [10, 30, 50])
