@@ -9,9 +9,12 @@ The loop knows no mechanism; what a module of the model may ask of it, and it of
 """
 
 import copy
+import gc
+import itertools
 import math
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +25,7 @@ import torch
 from lib import finite, generations, gradients, process, runtime
 from lib.config import identity_changes
 from lib.data import EvalSet, draw_size, train_batch, unigram_entropy
-from lib.errors import UserError
+from lib.errors import UserError, one_line
 from lib.mechanisms import Mechanisms, Moment
 from lib.schedule import Budget, learning_rate, tokens_per_iteration
 from lib.streams import cell_seed, stream_seed
@@ -52,6 +55,7 @@ class Progress:
     inactive: str | None = None
     last_loss: float | None = None  # of the last finite step, as last_norm, that of its gradient
     last_norm: float | None = None
+    start_seconds: float | None = None  # from the begin of the last process to its first step
     peak_memory_bytes: int = 0  # of programs and processes before this one
     loss_sum: float = 0.0
     loss_count: int = 0
@@ -68,7 +72,7 @@ class Clock:
     """
 
     def __init__(self, progress: Progress, device, begun: float):
-        self.clocks, self.device, self.kind, self.since = progress.clocks, device, "other", begun
+        self.clocks, self.device, self.kind, self.begun, self.since = progress.clocks, device, "other", begun, begun
 
     def switch(self, kind: str) -> None:
         runtime.synchronize(self.device)
@@ -125,6 +129,7 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
         runtime.reset_peak_memory(device)
     mechanisms = Mechanisms(model)
     gradient = gradients.of(cfg, model, mechanisms, device) if training else None
+    evaluation_compiled = not compiling
     clock.switch("other")
     progress.eval_hash, progress.unigram_entropy = eval_set.hash, unigram_entropy(corpus.train, eval_set)
     log = open_log(progress.rows)
@@ -150,7 +155,11 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
                          optimizer=optimizer.state_dict())
 
     def evaluate_and_log(last=False):
-        nonlocal loss_sum, loss_count
+        nonlocal loss_sum, loss_count, evaluation_compiled
+        if not evaluation_compiled:  # not before it is needed: a first step need not wait for it
+            clock.switch("compile")
+            evaluate(cfg, model, itertools.islice(eval_set, 1), device)
+            evaluation_compiled = True
         clock.switch("eval")
         require_finite(weights=last)
         progress.val_loss = evaluate(cfg, model, eval_set, device)
@@ -179,8 +188,12 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
     last_saved = time.monotonic()
     model.train()
     stop.training = True
+    if not gc.isenabled():  # as a cell starts: what is there by now stays
+        gc.freeze()
+        gc.enable()
     if training:
         clock.switch("train")
+        progress.start_seconds = clock.since - clock.begun
 
     while (share := budget.progress(progress.iteration, clock.read("train"))) < 1:
         if stop.asked:
@@ -195,7 +208,7 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
             gradient = None  # its memory
             warm_up(cfg, model, optimizer, eval_set, device)
             runtime.reset_peak_memory(device)
-            gradient = gradients.of(cfg, model, mechanisms, device)
+            gradient, evaluation_compiled = gradients.of(cfg, model, mechanisms, device), False
             clock.switch("train")
         rate = learning_rate(cfg, progress.iteration, share)
         for group in optimizer.param_groups:
@@ -295,9 +308,19 @@ def warm_up(cfg, model, optimizer, eval_set, device) -> None:
         gradients.clip(model, optimizer, cfg.GRAD_CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    evaluate(cfg, model, [batch], device)
+    if cfg.GPT2_COMPILE:
+        tell_graph_breaks()
     model.load_state_dict(before)
     optimizer.load_state_dict(optimizer_before)
+
+
+def tell_graph_breaks() -> None:
+    """A line in the log for every reason why Python goes on outside the programs that were made since this was last called: a
+    step is slower for each, and its evaluation may compile without end."""
+    found = torch._dynamo.utils.counters["graph_break"]
+    for reason, times in found.items():
+        print(f"graph break, {times} times: {one_line(reason)}", file=sys.stderr)
+    found.clear()
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
-"""Where the project lies, and how a path is written for a person."""
+"""Where the project lies, where it may keep what is slow to make, and how a path is written for a person."""
 
+import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -9,3 +10,9 @@ def shown(path) -> str:
     """The path as a person would type it from the project's root."""
     path = Path(path).absolute()
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def user_cache() -> Path:
+    """The project's folder in the user's cache; it may not be there."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(home) if os.path.isabs(home) else Path("~/.cache").expanduser()) / "kablate"

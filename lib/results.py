@@ -22,7 +22,7 @@ KEYS = (
     "format", "state", "reason", "inactive", "study", "step", "optimizer", "seed", "identity",
     "val_loss", "val_perplexity", "best_val_loss", "train_loss",
     "iterations", "tokens", "train_seconds", "tokens_per_second", "budget_progress",
-    "compile_seconds", "eval_seconds", "calibration_seconds", "checkpoint_seconds", "other_seconds", "resumed",
+    "start_seconds", "compile_seconds", "eval_seconds", "calibration_seconds", "checkpoint_seconds", "other_seconds", "resumed",
     "parameters", "sizes", "kv_cache_bytes", "kv_cache_parts", "peak_memory_bytes", "compression",
     "data", "environment", "configuration", "started", "finished", "checksum",
 )
@@ -33,8 +33,8 @@ MEASURED = ("val_loss", "tokens", "train_seconds")  # what every finished cell k
 KINDS = {
     **dict.fromkeys(("reason", "inactive", "study", "step", "optimizer", "started", "finished", "checksum"), "text"),
     **dict.fromkeys(("seed", "iterations", "tokens", "resumed", "parameters", "kv_cache_bytes", "peak_memory_bytes"), "count"),
-    **dict.fromkeys(("train_seconds", "tokens_per_second", "budget_progress", "compile_seconds", "eval_seconds",
-                     "calibration_seconds", "checkpoint_seconds", "other_seconds"), "amount"),
+    **dict.fromkeys(("train_seconds", "tokens_per_second", "budget_progress", "start_seconds", "compile_seconds",
+                     "eval_seconds", "calibration_seconds", "checkpoint_seconds", "other_seconds"), "amount"),
     **dict.fromkeys(("val_loss", "val_perplexity", "best_val_loss", "train_loss"), "number"),
     **dict.fromkeys(("sizes", "data", "environment", "configuration"), "table"),
     "kv_cache_parts": "table of amounts", "compression": "comparison of codecs",

@@ -42,10 +42,11 @@ def overhead() -> None:
         if status.state == "done":
             spent = [status.record[f"{kind}_seconds"] for kind in kinds]
             totals.append(sum(spent[1:]))
-            rows.append([cell.name, *(f"{s:.1f}" for s in spent), f"{totals[-1]:.1f}"])
+            start = status.record["start_seconds"]
+            rows.append([cell.name, "" if start is None else f"{start:.1f}", *(f"{s:.1f}" for s in spent), f"{totals[-1]:.1f}"])
     if not rows:
         raise UserError(f"study {plan.study.name} has no finished cell.", "run it with make first.")
-    print(table(["cell", "training, s", *kinds[1:], "outside the budget"], rows, "lrrrrrr"), end="")
+    print(table(["cell", "to the first step, s", "training", *kinds[1:], "outside the budget"], rows, "lrrrrrrr"), end="")
     print(f"median outside the budget: {median(totals):.1f} s (other: start, imports, data, logging)")
 
 

@@ -46,9 +46,9 @@ STATES = {"planned", "running", "interrupted", "stale", "done", "diverged", "fai
 
 KEYS = words("""
 format state reason inactive study step optimizer seed identity val_loss val_perplexity best_val_loss train_loss iterations
-tokens train_seconds tokens_per_second budget_progress compile_seconds eval_seconds calibration_seconds
-checkpoint_seconds other_seconds resumed parameters sizes kv_cache_bytes kv_cache_parts peak_memory_bytes compression
-data environment configuration started finished checksum
+tokens train_seconds tokens_per_second budget_progress start_seconds compile_seconds eval_seconds calibration_seconds
+checkpoint_seconds other_seconds resumed parameters sizes kv_cache_bytes kv_cache_parts peak_memory_bytes compression data
+environment configuration started finished checksum
 """)
 
 # Symbols of a cell's identity: removing or renaming one, or changing its default, makes finished cells stale.

@@ -8,11 +8,11 @@ whether making it again would change anything.
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
 from lib import atomic
+from lib.paths import user_cache
 from lib.report import caches, charts, compression, curves
 from lib.report.curves import number
 from lib.tables import count, duration
@@ -72,9 +72,7 @@ def bundle() -> str:
     """The JavaScript of Vega, Vega-Lite and vega-embed. Making it takes seconds, so it is kept in the user's cache."""
     import vl_convert
 
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    folder = (Path(home) if os.path.isabs(home) else Path("~/.cache").expanduser()) / "kablate"
-    path = folder / f"vega-{vl_convert.__version__}-{charts.VEGA_LITE}.js"
+    path = user_cache() / f"vega-{vl_convert.__version__}-{charts.VEGA_LITE}.js"
     try:
         text = path.read_text(encoding="utf-8")
         if "window.vegaEmbed=" in text:
@@ -83,7 +81,7 @@ def bundle() -> str:
         pass  # not there yet, or not readable: made below
     text = vl_convert.javascript_bundle(vl_version=charts.VEGA_LITE)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_text(path, text)
     except OSError:
         pass  # a cache that cannot be written costs only time

@@ -1,6 +1,7 @@
 """The model: names, start, forward pass, generation, and what the steps share."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -175,3 +176,19 @@ def test_function_class(models, step):
     assert torch.equal(model(x)[0], before)
 
 
+
+
+@pytest.mark.parametrize("step", ["V0", "V5"])
+def test_a_pass_asks_nothing_that_a_compiler_cannot_follow(step, monkeypatch):
+    """Before torch 2.13 it breaks its program at the question whether a device knows autocast."""
+    def asked(kind):
+        assert "gpt2" not in sys._getframe(1).f_code.co_filename, "asked within a pass"
+        return available(kind)
+
+    available = torch.amp.is_autocast_available
+    cfg = load("gpt2-ra-ablation+tiny", step, {"LOSS_CHUNKS": 4})
+    model, idx = GPT(cfg), torch.randint(256, (1, 8))
+    monkeypatch.setattr(torch.amp, "is_autocast_available", asked)
+    model(idx, idx)[1].backward()
+    with torch.no_grad():
+        model(idx, idx)

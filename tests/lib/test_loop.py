@@ -218,7 +218,7 @@ class WarmUps:
     def _warm_up(self, model):
         time.sleep(self.seconds)
         self.warmed.append(len(model.layer[0].told))
-        model.eval()  # as the evaluation in it leaves the model
+        model.eval()  # whatever mode it leaves the model in
 
     def _reset(self):
         self.resets += 1
@@ -327,12 +327,41 @@ def test_another_split_of_a_global_batch_trains_on_the_same_data_and_evaluates_o
     assert rows[0]["train_loss_step"] != pytest.approx(found["4"][1][0], rel=1e-5)
 
 
+def test_evaluation_is_compiled_off_all_other_clocks_when_it_is_first_needed(tmp_path, monkeypatch):
+    """At once after every change of the program, and not at all after one that ends before the next evaluation."""
+    model, calls = listening(1, 4), []
+
+    def slow(cfg, model, eval_set, device, real=loop.evaluate):
+        batches = list(eval_set)
+        calls.append((len(model.layer[0].told), len(batches)))
+        time.sleep(0.2)
+        return real(cfg, model, batches, device)
+
+    WarmUps(monkeypatch, model)
+    monkeypatch.setattr(loop, "evaluate", slow)
+    progress, _ = run(tmp_path, model, GPT2_COMPILE=True, GPT2_EVAL_INTERVAL=3, GPT2_MAX_ITERS=8)
+    whole = max(batches for _, batches in calls)
+    assert calls == [(3, 1), (3, whole), (6, 1), (6, whole), (8, whole)]
+    assert 0.4 < progress.clocks["compile"] < 0.6 < progress.clocks["eval"] < 1.0 and progress.clocks["train"] < 0.2
+
+
+def test_graph_breaks_are_told_once_with_their_reason(capsys):
+    broken = torch.compile(lambda x: (x + 1, torch._dynamo.graph_break(), x + 2), backend="eager")
+    torch._dynamo.utils.counters.clear()
+    broken(torch.ones(2))
+    loop.tell_graph_breaks()
+    told = capsys.readouterr().err.splitlines()
+    assert told and told[0].startswith("graph break, 1 times: ") and "graph_break" in told[0]
+    loop.tell_graph_breaks()
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("batch", [1, 3, 4])
-def test_warming_up_trains_on_micro_batches_and_evaluates_on_draws(batch):
+def test_warming_up_trains_on_micro_batches(batch):
     cfg, seen = configuration(BATCH_SIZE=batch, BATCH_DRAWN=2), []
     model = Bigram(0)
     model.register_forward_hook(lambda module, inputs, _: seen.append((module.training, inputs[0].size(0))))
     corpus, device = open_corpus(cfg), runtime.setup(cfg)
     eval_set = EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, draw_size(cfg), cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
     loop.warm_up(cfg, model, optimizers.build(model, cfg), eval_set, device)
-    assert set(seen) == {(True, batch), (False, 2)}
+    assert set(seen) == {(True, batch)}
