@@ -11,6 +11,8 @@ and of what autograd keeps for backward in eager mode, each storage once; what a
 
 A mechanism that follows the budget is measured fully on, as in a model outside the loop, so a direction that is to be learned
 computes both. --progress .5 tells it beforehand that half of the budget is over, which is how most of a run is spent.
+--closed .5 switches half of the paths with a skip gate off, those of the first layers; `flops` is then what is left of the
+FLOPs of the step with every path on, counted as in training.
 
 Steps that differ in nothing but learning rate and streams are measured once. Rows are printed, and --out is written, as they
 are known, so a time limit loses none of them; steps can be given by name, in several calls. --show prints such files again.
@@ -25,6 +27,7 @@ from statistics import median
 import torch
 
 from gpt2.model import GPT
+from gpt2.skip import gates, training_flops
 from lib import atomic, optimizers, runtime
 from lib.cells import baseline
 from lib.config import Study, parse_step
@@ -43,8 +46,13 @@ RIGHT = "lrrrrrl"
 class Subject(benching.Training):
     """A model in training on one batch, which is the same for every model of these sizes."""
 
-    def __init__(self, cfg, device, batch: int, compiled: str, progress: float | None = None):
+    def __init__(self, cfg, device, batch: int, compiled: str, progress: float | None = None,
+                 closed: float = 0.0):
         model = GPT(cfg).to(device).train()
+        paths = gates(model.transformer.h)
+        self.closed = set(list(paths)[:round(closed * len(paths))])
+        for name in self.closed:
+            paths[name].switch_off()
         super().__init__(cfg, device, model, optimizers.build(model, cfg), compiled)
         if progress is not None:
             self.mechanisms.advance(Moment(10 ** 6, progress))  # more steps than any mechanism counts
@@ -61,10 +69,12 @@ def measure(cfg, first: Subject, rounds: int, iterations: int, **options) -> dic
     beside, own = benching.in_turns([lambda: first.block(iterations), lambda: subject.watched(iterations)], rounds)
     return {"seconds": median(own), "baseline_seconds": median(beside),
             **benching.spread("time", benching.ratios(own, beside)), "memory_bytes": subject.memory_bytes(),
-            "parameters": sum(p.numel() for p in subject.model.parameters())}
+            "parameters": sum(p.numel() for p in subject.model.parameters()),
+            "flops": training_flops(cfg, subject.closed) / training_flops(cfg) if subject.closed else None}
 
 
-EMPTY = dict.fromkeys(("seconds", "baseline_seconds", "time", "time_min", "time_max", "memory_bytes", "parameters", "memory"))
+EMPTY = dict.fromkeys(("seconds", "baseline_seconds", "time", "time_min", "time_max", "memory_bytes", "parameters", "memory",
+                       "flops"))
 
 
 def measured(cfg, first: Subject, **options) -> dict:
@@ -87,9 +97,10 @@ def line(row: dict) -> list[str]:
     """A row for people."""
     if row["error"]:
         return [row["step"], *[""] * 5, row["error"]]
+    notes = [f"as {row['as']}" if row["as"] else "", f"flops {row['flops']:.3f}" if row.get("flops") else ""]
     return [row["step"], f"{1e3 * row['seconds']:.1f}", f"{row['time']:.3f}", f"{row['time_min']:.3f} .. {row['time_max']:.3f}",
             f"{row['memory_bytes'] / 2 ** 20:.1f}", f"{row['memory']:.3f}" if row["memory"] else "",
-            f"as {row['as']}" if row["as"] else ""]
+            ", ".join(filter(None, notes))]
 
 
 def show(path: Path) -> str:
@@ -103,13 +114,13 @@ def show(path: Path) -> str:
 
 
 def bench(study: Study, steps: list[str], batch: int | None, compiled: str | None, rounds: int, iterations: int,
-          progress: float | None, out: Path | None) -> None:
+          progress: float | None, closed: float, out: Path | None) -> None:
     """Measure `steps`, and the baseline before them; print a row for each, and keep them in `out`."""
     name = baseline(study)
     cfg = study.resolve(name).config
     device = runtime.setup(cfg)
     compiled = compiled or ("whole" if device.type == "cuda" else "no")
-    options = {"batch": batch or cfg.BATCH_SIZE, "compiled": compiled, "progress": progress}
+    options = {"batch": batch or cfg.BATCH_SIZE, "compiled": compiled, "progress": progress, "closed": closed}
     if compiled != "no":
         lift_compile_limits()
     steps = list(dict.fromkeys([name, *steps]))
@@ -125,7 +136,7 @@ def bench(study: Study, steps: list[str], batch: int | None, compiled: str | Non
     except Exception as error:
         raise UserError(f"the baseline {name} does not run at a batch of {options['batch']} ({type(error).__name__}: {error}).",
                         "give a smaller --batch, or mend it before its variants.") from None
-    widths = [max(map(len, ["step", *steps])), 9, 6, 14, 11, 6, 8]
+    widths = [max(map(len, ["step", *steps])), 9, 6, 14, 11, 6, 11]
     print(table_head(HEADER, widths, RIGHT), end="", flush=True)
     known = {}
     for number, step in enumerate(steps, 1):
@@ -165,6 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="blocks of each step (default: %(default)s)")
     parser.add_argument("--iterations", type=int, default=5, help="training steps of a block (default: %(default)s)")
     parser.add_argument("--progress", type=float, help="share of the budget that mechanisms are told of, once")
+    parser.add_argument("--closed", type=float, default=0.0, help="share of the paths with a skip gate that are off")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="keep the rows there")
     parser.add_argument("--show", type=Path, nargs="+", metavar="FILE.json", help="measure nothing, print what these hold")
     args = parser.parse_args(arguments)
@@ -172,11 +184,13 @@ def main(arguments: list[str] | None = None) -> None:
         print(benching.shown(show, args.show), end="")
         return
     benching.check_options(args, ("batch", "rounds", "iterations"), args.out)
+    if not 0 <= args.closed <= 1:
+        raise UserError(f"--closed {args.closed:g} is no share.", "give a number from 0 to 1.")
     study = Study(args.study)
     for step in args.steps:  # a slip of the pen ends it at once; a step that does not fit this study is a row
         step_path(parse_step(step)[0], study.config.STEPS_DIR)
     bench(study, args.steps or list(step_files(study.config.STEPS_DIR)), args.batch, args.compile, args.rounds, args.iterations,
-          args.progress, args.out)
+          args.progress, args.closed, args.out)
 
 
 if __name__ == "__main__":

@@ -66,8 +66,23 @@ def test_a_broken_step_is_a_row_and_what_is_known_is_kept(capsys, tmp_path, monk
 def test_bad_input_is_refused_before_anything_is_built(tmp_path):
     assert refusal(bench_steps.main, ["V11X"])[0] == "there is no step 'V11X'."
     assert refusal(bench_steps.main, ["--rounds", "0"])[0] == "--rounds 0 is below 1."
+    assert refusal(bench_steps.main, ["V0", "--closed", "1.5"])[0] == "--closed 1.5 is no share."
     nowhere = tmp_path / "none"
     assert refusal(bench_steps.main, ["V0", "--out", str(nowhere / "a.json")])[0] == f"there is no folder {nowhere}."
+
+
+def test_closed_paths_are_left_out_of_the_step_and_their_flops_are_told(capsys, tmp_path):
+    """Memory tells whether they are: it is counted from what the step keeps."""
+    found = {}
+    for closed in ("0", ".5", "1"):
+        bench_steps.main(["M1", "--batch", "1", "--rounds", "1", "--iterations", "1", "--closed", closed,
+                          "--out", str(tmp_path / "a.json")])
+        base, found[closed] = json.loads((tmp_path / "a.json").read_text())["rows"]
+        assert base["flops"] is None, "a step without gates has nothing to close"
+    assert found["0"]["flops"] is None and "flops" not in bench_steps.line(found["0"])[-1]
+    assert bench_steps.line(found[".5"])[-1] == f"flops {found['.5']['flops']:.3f}"
+    assert 1 > found[".5"]["flops"] > found["1"]["flops"] > 0
+    assert found["0"]["memory"] > found[".5"]["memory"] > found["1"]["memory"]
 
 
 def test_a_baseline_that_does_not_run_ends_it(monkeypatch):
