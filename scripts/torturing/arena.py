@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -28,7 +29,8 @@ STUDY = {"MODEL_TINY": "y", "DATA_PYSTDLIB": "y", "GPT2_BLOCK_SIZE": "32", "BATC
          "DEVICE_CPU": "y", "CPU_THREADS": "1", "GPT2_COMPILE": "n", "CHECKPOINT_INTERVAL": "1",
          "JOBS": "1", "STUDY": '"torture"'}
 # What studies here differ in.
-OF_THE_SETTING = ("OUTPUT_DIR", "DATA_LOCAL_DIR", "CHECKPOINT_INTERVAL", "ABLATION_STEPS", "SEEDS", "JOBS")
+OF_THE_SETTING = ("OUTPUT_DIR", "DATA_LOCAL_DIR", "CHECKPOINT_INTERVAL", "ABLATION_STEPS", "SEEDS", "JOBS", "CELL_TIMEOUT",
+                  "STOP_SECONDS")
 OF_THE_MOMENT = ("resumed", "peak_memory_bytes", "tokens_per_second", "started", "finished", "checksum")  # and all *_seconds
 OF_THE_MOMENT_IN_ROWS = ("forward_time_ms", "steps_per_second", *OF_THE_MOMENT)
 QUIET_SECONDS = 60.0  # within which everything has ended once make has; a cell finishes its step and saves
@@ -58,6 +60,7 @@ class Arena:
             else:
                 shutil.copy(source / name, self.tree / name)
         self.studies: list[Study] = []
+        self.lock, self.closed = threading.Lock(), False
         (self.root / "without").mkdir()
         (self.root / "without/vl_convert.py").write_text(NO_PICTURES)
 
@@ -66,16 +69,20 @@ class Arena:
         return self.studies[-1]
 
     def close(self) -> None:
-        """End what still runs of any study."""
+        """End what still runs of any study, for good."""
+        with self.lock:
+            self.closed = True
         for study in self.studies:
             study.kill_all()
 
 
 class Study:
-    """A configured study in `folder`, and make on it. `out` is where its results go (default: in that folder)."""
+    """A configured study in `folder`, and make on it. `out` is where its results go (default: in that folder), `path` what
+    Python looks into first, `variables` come into the environment."""
 
-    def __init__(self, arena: Arena, folder: Path, out: Path | None = None, path: Path | None = None, **symbols):
-        self.arena, self.folder, self.out = arena, folder, out or folder / "out"
+    def __init__(self, arena: Arena, folder: Path, out: Path | None = None, path: Path | None = None,
+                 variables: dict | None = None, **symbols):
+        self.arena, self.folder, self.out, self.variables = arena, folder, out or folder / "out", variables or {}
         self.path = os.pathsep.join(str(p) for p in (path, arena.root / "without") if p)
         folder.mkdir(parents=True)
         own = {"GPT2_MAX_ITERS": str(arena.iterations), "ABLATION_STEPS": f'"{" ".join(steps(1))}"',
@@ -83,30 +90,45 @@ class Study:
         self.symbols = STUDY | own | symbols
         self.config, self.log = folder / "dot.config", folder / "make.log"
         self.config.write_text("".join(f"CONFIG_{name}={value}\n" for name, value in self.symbols.items() if value))
+        self.piped, self.reader = False, None  # whether a limit on files is not to be one on what is printed
         self.slowest = 0.0  # seconds until the last process of an ended make was gone
 
     def environment(self) -> dict:
         clean = {name: value for name, value in os.environ.items()
                  if not name.startswith(("GPT2_", "KABLATE_", "MAKE", "MFLAGS", "KCONFIG_"))}
-        return clean | {"KCONFIG_CONFIG": str(self.config), "PYTHONPATH": self.path, MARK: str(self.folder)}
+        return clean | {"KCONFIG_CONFIG": str(self.config), "PYTHONPATH": self.path, MARK: str(self.folder)} | self.variables
 
-    def start(self, *arguments: str, largest: int | None = None) -> subprocess.Popen:
-        """make in a session of its own, whose files may not become larger than `largest` bytes. What it prints goes to a file,
-        which nothing that outlives it can keep open to us."""
-        limit = ["sh", "-c", f'ulimit -f {largest // 512}; exec "$@"', "sh"] if largest else []
-        with open(self.log, "wb") as log:
-            return subprocess.Popen([*limit, "make", "--no-print-directory", f"PYTHON={sys.executable}", *arguments],
-                                    cwd=self.arena.tree, env=self.environment(), stdin=subprocess.DEVNULL, stdout=log,
-                                    stderr=subprocess.STDOUT, start_new_session=True)
+    def start(self, *arguments: str) -> subprocess.Popen:
+        """make in a session of its own. What it prints goes to a file, which nothing that outlives it can keep open to us."""
+        return self._start(["make", "--no-print-directory", f"PYTHON={sys.executable}", *arguments])
+
+    def _start(self, words: list[str]) -> subprocess.Popen:
+        with self.arena.lock, open(self.log, "wb") as log:
+            if self.arena.closed:
+                raise Failed("the torture was ended")
+            options = {"cwd": self.arena.tree, "stderr": subprocess.STDOUT, "start_new_session": True}
+            if not self.piped:
+                return subprocess.Popen(words, env=self.environment(), stdin=subprocess.DEVNULL, stdout=log, **options)
+            self.reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log, **options)
+            with self.reader.stdin as pipe:
+                return subprocess.Popen(words, env=self.environment(), stdin=subprocess.DEVNULL, stdout=pipe, **options)
 
     def make(self, *arguments: str) -> tuple[int, str]:
         """(exit status, what was printed) of a make that runs to its end, and of which nothing is left then."""
-        process = self.start(*arguments)
+        return self._to_the_end(self.start(*arguments))
+
+    def tool(self, *words: str) -> tuple[int, str]:
+        """The same of a tool that is no goal of make's."""
+        return self._to_the_end(self._start([sys.executable, "-m", *words]))
+
+    def _to_the_end(self, process: subprocess.Popen) -> tuple[int, str]:
         code = self.wait(process)
         self.settle()
         return code, self.said()
 
     def said(self) -> str:
+        if self.reader:
+            self.reader.wait(QUIET_SECONDS)
         return self.log.read_text(errors="replace")
 
     def wait(self, process: subprocess.Popen, seconds: float = MAKE_SECONDS) -> int:
@@ -233,7 +255,7 @@ class Reference:
                 whole(path)
             elif path.name == ".config" and lasting_lines(path.parent) != self.configurations[path.parent.name]:
                 raise Failed(f"{path.relative_to(out)} is not the configuration that was planned")
-            elif path.name == "cells.mk" and not path.read_bytes().endswith(b"\n"):
+            elif path.suffix == ".mk" and not path.read_bytes().endswith(b"\n"):
                 raise Failed(f"{path.relative_to(out)} is half a file")
         for cell in sorted(out.glob("test_*")):
             record = results.read(cell)

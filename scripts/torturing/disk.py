@@ -1,8 +1,9 @@
 """Full and read-only disks: results on a file system of a few MiB, which is filled up before each kind of file is written.
 
 The file system is a tmpfs in a mount namespace of this process's own: nobody else sees it, and the kernel takes it away with
-the last process that uses it, whatever happens here. Where that is not allowed, a limit on the size of files stands in for it.
-To fill the disk between two writes, the study is stopped at the sight of the file before, and then goes on.
+the last process that uses it, whatever happens here. On it the disk is full for all processes at once. To fill it between two
+writes, the study is stopped at the sight of the file before, and then goes on. Where mounts are not allowed these cases are
+left out; those of `sites`, which need none, remain.
 """
 
 import ctypes
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib import results
-from scripts.torturing.arena import Arena, Failed, Reference, Study, interrupt, last_lines, snapshot
+from scripts.torturing import sites
+from scripts.torturing.arena import QUIET_SECONDS, Arena, Failed, Reference, Study, interrupt, last_lines, snapshot
 from scripts.torturing.watching import Files, send
 
 NEW_NAMESPACE, NEW_USER = 0x20000, 0x10000000
@@ -106,12 +108,13 @@ class Disk:
 
 def cases(arena: Arena, reference: Reference, mounts: str | None):
     """(name, function) of each case; `mounts` says why there are none. The function returns a sentence for the table."""
-    yield "a limit on the size of files", lambda: limited(arena, reference)
+    yield from sites.cases(arena, reference.first())
     if mounts:
         return
-    yield "full at every write", lambda: full(arena, reference)
-    yield "full while the report is written", lambda: full_report(arena, reference)
-    yield "read-only", lambda: read_only(arena, reference)
+    yield "full for all at once, at every write", lambda: full(arena, reference.first())
+    yield "full while the report is written", lambda: full_report(arena, reference.first())
+    yield "read-only from the start", lambda: read_only(arena, reference.first())
+    yield "read-only between two cells", lambda: read_only_between(arena, reference)
 
 
 def said_plainly(code: int, said: str, cells: list[Path], where: str) -> str:
@@ -143,7 +146,11 @@ def full(arena: Arena, reference: Reference) -> str:
                 interrupt(study)
             older = {path: path.read_bytes() for path in study.out.glob("test_*/checkpoint*.pt")}
             code = _make_until_full(study, disk, site)
-            rows += said_plainly(code, study.said(), study.cells(), site.name) == "row"
+            told = said_plainly(code, study.said(), study.cells(), site.name)
+            place = study.out if site.name.startswith("plan/") else study.out / "test_"  # a row is the cell's in any case
+            if told == "sentence" and f"error: {place}" not in study.said():
+                raise Failed(f"{site.name}: the sentence names another place: {last_lines(study.said())}")
+            rows += told == "row"
             reference.audit(study.out)
             for path, content in older.items():
                 if not any(other.read_bytes() == content for other in path.parent.glob("checkpoint*.pt")):
@@ -250,12 +257,44 @@ def read_only(arena: Arena, reference: Reference) -> str:
     return "refused in one sentence, nothing changed; writable again: complete and equal"
 
 
-def limited(arena: Arena, reference: Reference) -> str:
-    """Weights that may not become as large as they are: the row has failed because of the disk, and RETRY=1 mends it."""
-    study = arena.study("limited-files", CHECKPOINT_INTERVAL="0")
-    code = study.wait(study.start("cells", largest=SMALL))
-    study.settle()
-    told = said_plainly(code, study.said(), study.cells(), "model.pt")
-    reference.audit(study.out)
-    study.finish(reference, attempts=2)
-    return f"a {told}, then complete and equal"
+def read_only_between(arena: Arena, reference: Reference) -> str:
+    """The first of two cells is finished, and before the second begins the disk is only read any more."""
+    disk = Disk(arena.root / "read-only-between")
+    study = arena.study("read-only-between-cells", out=disk.path / "out", SEEDS='"2"')
+    try:
+        with Files(disk.path) as files:
+            process = study.start("-j1")
+            while process.poll() is None:
+                event = files.next(0.2)
+                if event and (event.name, event.what) == (results.NAME, "in place"):
+                    break
+            makes = [one for one in study.processes() if one.role in ("make", "inner make", "shell")]
+            _signal(study, makes, signal.SIGSTOP)  # the launcher ends, and nobody starts the next one
+            end = time.monotonic() + QUIET_SECONDS
+            while any(one.role in ("launcher", "cell") for one in study.processes()) and time.monotonic() < end:
+                time.sleep(0.02)
+            finished, *begun = study.cells()
+            if begun:
+                raise Failed("the second cell had begun before the disk could be made read-only")
+            before, whole = snapshot([study.out]), snapshot([finished])
+            disk.writable(False)
+            _signal(study, makes, signal.SIGCONT)
+        code, said = study.wait(process), study.said()
+        study.settle()
+        second = [name for name in reference.records if name != finished.name and f"error: {study.out / name} " in said]
+        if code == 0 or "Traceback" in said or not second:
+            raise Failed(f"make ends with {code} and does not name the second cell: {last_lines(said)}")
+        if "Read-only file system" not in said or snapshot([study.out]) != before:
+            raise Failed(f"the folder has changed, or make does not say that it may not write: {last_lines(said)}")
+        disk.writable(True)
+        code, said = study.make()
+        if code:
+            raise Failed(f"writable again, make ends with {code}: {last_lines(said)}")
+        reference.check(study.out, [cell.name for cell in study.cells()])
+        if len(study.cells()) != 2 or snapshot([finished]) != whole:
+            raise Failed("the second cell is missing, or the one that was finished before was touched")
+        study.check_nothing_to_do()
+    finally:
+        study.kill_all()
+        disk.close()
+    return "a sentence that names the second cell, the first as it was; writable again: complete and equal"

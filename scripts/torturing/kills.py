@@ -8,6 +8,7 @@ tortured again with --seed and --study; what the machine does in between is not 
 import math
 import random
 import signal
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from scripts.torturing.watching import Files, send
 
 PER_STUDY = 10  # kills, after which a study may complete
 JOBS = (1, 2)
+STREAMS = 2  # studies at a time: one often waits
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)
 # What is killed, and how often it is chosen where it is there. A group or all: every process of it, as a terminal or a
 # power cut would.
@@ -41,10 +43,37 @@ class Tally:
     studies: int = 0
     makes: int = 0
     slowest: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def kill(self, name: str, victim: str, moment: str) -> int:
+        """Count one; which one it is."""
+        with self.lock:
+            self.kills[name, victim] += 1
+            self.moments[moment] += 1
+            return self.total
+
+    def make(self) -> None:
+        with self.lock:
+            self.makes += 1
+
+    def study(self, slowest: float) -> None:
+        with self.lock:
+            self.studies, self.slowest = self.studies + 1, max(self.slowest, slowest)
 
     @property
     def total(self) -> int:
         return sum(self.kills.values())
+
+    def victims(self) -> list[str]:
+        """Who was killed at all."""
+        return [victim for victim in VICTIMS if any(name == victim for _, name in self.kills)]
+
+    def content(self) -> dict:
+        """As JSON."""
+        signals = sorted({name for name, _ in self.kills})
+        return {"total": self.total, "studies": self.studies, "makes": self.makes, "moments": dict(self.moments),
+                "slowest_seconds": round(self.slowest, 2),
+                "victims": {victim: {name: self.kills[name, victim] for name in signals} for victim in self.victims()}}
 
 
 def matches(name: str, wanted: str) -> bool:
@@ -63,8 +92,8 @@ class Tormentor:
     def run(self) -> None:
         """Until make completes; then everything is compared."""
         for _ in range(3 * self.left + 10):
-            self.tally.makes += 1
             process = self.study.start(f"-j{self.jobs}")
+            self.tally.make()
             killed = self._kill_some(process)
             code = self.study.wait(process)
             if self.draw.random() < 0.75:  # otherwise the next make meets what is left of this one
@@ -76,8 +105,7 @@ class Tormentor:
             raise Failed("the study does not complete, however often make is called")
         self.study.settle()
         self.study.check_end(self.reference)
-        self.tally.studies += 1
-        self.tally.slowest = max(self.tally.slowest, self.study.slowest)
+        self.tally.study(self.study.slowest)
 
     def _kill_some(self, process) -> int:
         """Kill during one make, once or (a cell is killed, and make goes on) several times; returns how often."""
@@ -129,34 +157,87 @@ class Tormentor:
         if not any([send(self.study.folder, pid, sent, victim.startswith("group")) for pid in pids]):
             return False  # it ended by itself just now
         name = signal.Signals(sent).name
-        self.tally.kills[name, victim] += 1
-        self.tally.moments["at a write" if not moment[0].isdecimal() else "at any time"] += 1
+        count = self.tally.kill(name, victim, "at any time" if moment[0].isdecimal() else "at a write")
         number = self.study.folder.name.rpartition("-")[2]
-        self.say(f"kill {self.tally.total}: study {number} -j{self.jobs}  {name} to {victim}  {moment}")
+        self.say(f"kill {count}: study {number} -j{self.jobs}  {name} to {victim}  {moment}")
         return True
 
 
-def campaign(arena: Arena, reference: Reference, kills: int, seed: int, say, only: int | None = None,
-             per_study: int | None = None) -> tuple[Tally, list[tuple[str, str]]]:
+class Campaign:
     """Studies, each killed up to `per_study` times (default: PER_STUDY, or fewer so that there is a study for each of JOBS),
-    until there were `kills` kills; failures as (study, what)."""
-    tally, failures, number = Tally(), [], only or 0
-    per_study = per_study or min(PER_STUDY, math.ceil(kills / len(JOBS)))
-    begun = time.monotonic()
-    while tally.total < kills or only is not None:
-        number += 1 if only is None else 0
+    until there were `kills` kills. `run` is called by as many threads as there are `streams`, each of which tortures one study
+    at a time."""
+
+    def __init__(self, arena: Arena, reference: Reference, kills: int, seed: int, say, only: int | None = None,
+                 per_study: int | None = None):
+        self.arena, self.reference, self.kills, self.seed, self.only = arena, reference, kills, seed, only
+        self.per_study = per_study or max(1, min(PER_STUDY, math.ceil(kills / len(JOBS))))
+        self.streams = 1 if only is not None else min(STREAMS, math.ceil(kills / self.per_study))
+        self.tally, self.failures, self.number, self.promised = Tally(), [], only or 0, 0
+        self.begun, self.ended = time.monotonic(), None
+        self.lock, self.running = threading.Lock(), 0
+        self.said, self.keep = say, lambda: None
+
+    def say(self, text: str) -> None:
+        self.said(text)
+        self.keep()
+
+    def run(self) -> None:
+        while (number := self._next()) is not None:
+            try:
+                self._study(number, self._share())
+            finally:
+                with self.lock:
+                    self.running, self.ended = self.running - 1, time.monotonic()
+            if self.only is not None:
+                break
+
+    def _next(self) -> int | None:
+        """The number of the next study; None if there is none. What others still do to theirs counts as done, since a study
+        may complete before all its kills: then one more follows."""
+        while True:
+            with self.lock:
+                missing = self.kills - self.tally.total if self.only is None else 1
+                if missing <= 0 or len(self.failures) > 5 or self.arena.closed:
+                    return None
+                if self.running * self.per_study < missing:
+                    self.running += 1
+                    self.number += 1 if self.only is None else 0
+                    return self.number
+            time.sleep(0.2)
+
+    def _share(self) -> int:
+        """The kills of one study."""
+        with self.lock:
+            others = (self.running - 1) * self.per_study
+            return max(1, min(self.per_study, self.kills - self.tally.total - others))
+
+    def _study(self, number: int, kills: int) -> None:
         jobs = JOBS[(number - 1) % len(JOBS)]
-        study = arena.study(f"killed-{number}", ABLATION_STEPS=f'"{" ".join(steps(2))}"', SEEDS='"2"')
-        draw = random.Random(f"{seed} {number}")
+        study = self.arena.study(f"killed-{number}", ABLATION_STEPS=f'"{" ".join(steps(2))}"', SEEDS='"2"')
+        draw = random.Random(f"{self.seed} {number}")
         try:
-            Tormentor(study, reference, jobs, min(per_study, kills - tally.total), draw, tally, say).run()
-            say(f"study {number} is complete and equal after {tally.total} kills in all, "
-                f"{time.monotonic() - begun:.0f} s")
+            Tormentor(study, self.reference, jobs, kills, draw, self.tally, self.say).run()
+            self.say(f"study {number} is complete and equal after {self.tally.total} kills in all, "
+                     f"{time.monotonic() - self.begun:.0f} s")
         except Failed as error:
-            failures.append((f"study {number}, -j{jobs}", f"{error} (again: --seed {seed} --kills {kills} --study {number})"))
-            say(f"study {number} FAILED: {error}")
+            if self.arena.closed:
+                return  # it was ended, and has not failed
+            again = f"(again: --seed {self.seed} --kills {self.kills} --study {number})"
+            self.failures.append((f"study {number}, -j{jobs}", f"{error} {again}"))
+            self.say(f"study {number} FAILED: {error}")
         finally:
             study.kill_all()
-        if only is not None or len(failures) > 5:
-            break
-    return tally, failures
+
+    def rows(self) -> list[tuple[str, str, str, float, bool]]:
+        """What it has shown so far: a row for each failure, and one for all."""
+        tally, failures = self.tally, list(self.failures)
+        what = f"studies that failed: {len(failures)}"
+        if not failures and not tally.studies:
+            what = "no study has come to its end yet"
+        elif not failures:
+            what = f"complete and equal to the bit; nothing outlived its make by more than {tally.slowest:.1f} s"
+            what += f"; studies not at their end: {self.running}" if self.running else ""
+        return [("kills", where, text, 0.0, False) for where, text in failures] + [
+            ("kills", f"{tally.total} of {self.kills} kills, {tally.studies} studies, {tally.makes} makes", what,
+             (time.monotonic() if self.running or not self.ended else self.ended) - self.begun, not failures)]
