@@ -38,7 +38,8 @@ class LensBlock(Block):
         self.conductor = cfg.CONTEXT_CONDUCTOR
 
     def route(self):
-        """g and 1 - g, each [1]; the second is no difference, so that it keeps its digits where g is almost 1."""
+        """g and 1 - g, each [1], float32 whatever the autocast; the second is no difference, so that it keeps its digits where
+        g is almost 1."""
         return torch.sigmoid(self.route_logit), torch.sigmoid(-self.route_logit)
 
     def forward(self, x, cache=None, context=None):
@@ -46,11 +47,11 @@ class LensBlock(Block):
         attended = None
         if self.attn.on:
             attended = self.attn(self.ln_1(x), cache, context)
-            x = x + to_attention * attended
+            x = x + (to_attention * attended).to(x.dtype)  # one gate must not widen the residual stream
         if not self.mlp.on:
             return x
         share = (to_mlp,) if self.conductor else ()
-        return x + to_mlp * self.mlp(self.ln_2(x), attended, *share)
+        return x + (to_mlp * self.mlp(self.ln_2(x), attended, *share)).to(x.dtype)
 
     @torch.no_grad()
     def collapse(self) -> Block:

@@ -209,6 +209,7 @@ def train_cell(folder: Path, cfg, provenance: dict) -> int:
 
     def compress():
         clock.switch("calibration")
+        runtime.collect_garbage()
         found = splicing.compress(cfg, model, corpus, folder, provenance["step"], device)
         clock.switch("other")
         return found

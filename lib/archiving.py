@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from lib import atomic, generations, results
+from lib import atomic, generations, process, results
 from lib.cells import FINISHED, Cell, Status, inspect
 
 OTHER_DATA = re.compile(r"\b(train_hash|eval_hash) ([0-9a-f]{12}) -> ")  # in the reason of a cell that lib.loop has refused
@@ -28,12 +28,12 @@ def archive(out: Path, name: str) -> None:
 def archive_stale(out: Path, cell: Cell) -> Status | None:
     """Archive a cell that was found stale, or one to be retried that failed because its checkpoint is of other data; its state
     of now, if neither holds or another make is at work in its folder."""
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     if not (out / cell.name).is_dir():  # archived by another make, which has not begun it yet; a lock would make it anew
         return inspect(out, cell)
     try:
-        with FileLock(out / cell.name / ".lock", timeout=LOCK_SECONDS):
+        with process.lock(out / cell.name / ".lock", timeout=LOCK_SECONDS):
             status = inspect(out, cell, held=True)
             if status.state == "stale" or has_other_data(cell, status):
                 archive(out, cell.name)
@@ -62,8 +62,8 @@ def remove_checkpoints(folder: Path) -> None:
     """Remove those of a finished cell, if there are any: it was killed between its result and the end of its process."""
     if not any(os.path.exists(folder / name) for name in (*generations.NAMES, generations.DAMAGED)):
         return
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
-    with contextlib.suppress(Timeout, OSError), FileLock(folder / ".lock", timeout=0):  # the next plan tries again
+    with contextlib.suppress(Timeout, OSError), process.lock(folder / ".lock", timeout=0):  # the next plan tries again
         if (record := results.read(folder)) and record["state"] in FINISHED:
             generations.remove(folder)

@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib import atomic, design, results, tuning
+from lib import atomic, design, process, results, tuning
 from lib.archiving import archive
 from lib.cells import FINISHED, LONGEST_NAME, SEED_LIMIT, expand, inspect, is_locked, plan_name
 from lib.errors import UserError
@@ -337,7 +337,7 @@ def _running(folder: Path) -> UserError:
 
 def _merge(out: Path, holder: Path, report: Unpacked) -> None:
     """Rename the cells into place. Whoever wants to run one that is replaced waits for its lock meanwhile."""
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     os.sync()  # a cell that is seen after a power cut must be whole
     atomic.make_folder(out)
@@ -345,7 +345,7 @@ def _merge(out: Path, holder: Path, report: Unpacked) -> None:
         for name in report.replaced:
             if (out / name).is_dir():
                 try:
-                    locks.enter_context(FileLock(out / name / ".lock", timeout=0))
+                    locks.enter_context(process.lock(out / name / ".lock", timeout=0))
                 except Timeout:
                     raise _running(out / name) from None
                 if _finished(out / name):  # in the meantime

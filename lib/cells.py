@@ -221,10 +221,10 @@ def is_locked(folder: Path) -> bool:
     """
     if not (folder / ".lock").exists():
         return False
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with process.lock(folder / ".lock", timeout=0):
             return False
     except Timeout:
         return True

@@ -109,9 +109,6 @@ def advice(state: str, reason: str, resumable: bool) -> str:
         return "a result, which make RETRY=1 keeps too"
     if state != "failed":
         return ""
-    if " is of another run: " in reason:
-        return ("make RETRY=1 goes on from its checkpoint if the data are again what they were, and otherwise archives it and "
-                "starts it anew")
     if reason.startswith("refused:"):  # it says itself what to do, and would be refused again as it is
         return "" if "make RETRY=1" in reason else "once that is mended, make RETRY=1 runs it again"
     found = next((text for name, text in AGAIN.items() if reason.startswith(f"{name}:")), "make RETRY=1 runs it again")

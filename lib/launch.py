@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from lib import atomic, failures, generations, process, results
 from lib.cells import Cell, plan_name
@@ -99,7 +99,7 @@ def run(folder: Path, plan: Path, seed: int, position: str, parent: str | None, 
 def _locked(folder: Path, title: str, stop_seconds: int, watch: process.Watch):
     """Hold the cell's lock, claimed; gives its descriptors. A cell that only stops is waited for, `stop_seconds` at most and
     while make lives. Timeout if another launcher has it, or it does not stop."""
-    lock, begun = FileLock(folder / ".lock"), time.monotonic()
+    lock, begun = process.lock(folder / ".lock"), time.monotonic()
     waiting = False
     while True:
         try:
@@ -107,6 +107,9 @@ def _locked(folder: Path, title: str, stop_seconds: int, watch: process.Watch):
             if process.is_in_place(lock):
                 break
             lock.release()  # a plan has archived the folder meanwhile: the next try makes a new one
+            if watch.ended():
+                raise Timeout(lock.lock_file)
+            time.sleep(POLL_SECONDS)
             continue
         except Timeout:
             waited = time.monotonic() - begun

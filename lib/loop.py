@@ -9,7 +9,6 @@ The loop knows no mechanism; what a module of the model may ask of it, and it of
 """
 
 import copy
-import gc
 import itertools
 import math
 import os
@@ -160,6 +159,7 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
             clock.switch("compile")
             evaluate(cfg, model, itertools.islice(eval_set, 1), device)
             evaluation_compiled = True
+            tell_graph_breaks(cfg)
         clock.switch("eval")
         require_finite(weights=last)
         progress.val_loss = evaluate(cfg, model, eval_set, device)
@@ -188,9 +188,7 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
     last_saved = time.monotonic()
     model.train()
     stop.training = True
-    if not gc.isenabled():  # as a cell starts: what is there by now stays
-        gc.freeze()
-        gc.enable()
+    runtime.collect_garbage()
     if training:
         clock.switch("train")
         progress.start_seconds = clock.since - clock.begun
@@ -265,11 +263,13 @@ def resume(folder: Path, identity: dict, data: dict, model, optimizer, progress:
     if content is None:
         return
     changes = identity_changes(content["identity"], identity)
-    changes += [f"{name} {content['data'][name][:12]} -> {new[:12]}" for name, new in data.items()
-                if content["data"][name] != new]
-    if changes:
-        raise UserError(f"{folder}/checkpoint.pt is of another run: {'; '.join(changes)}.",
-                        "restore what changed, or move the folder away and run make.")
+    other_data = [f"{name} {content['data'][name][:12]} -> {new[:12]}" for name, new in data.items()
+                  if content["data"][name] != new]
+    if changes or other_data:
+        # lib.archiving finds the changed hashes in the reason of the failed cell, so they stand where nothing is cut off.
+        raise UserError(f"checkpoint.pt is of another run: {'; '.join(other_data + changes)}.",
+                        f"restore what changed, or move {folder} away, and make." if changes else
+                        "restore the data and make RETRY=1, which goes on, or make RETRY=1 as it is, which starts anew.")
     for name, value in content["progress"].items():
         if name != "clocks":
             setattr(progress, name, value)
@@ -308,15 +308,16 @@ def warm_up(cfg, model, optimizer, eval_set, device) -> None:
         gradients.clip(model, optimizer, cfg.GRAD_CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    if cfg.GPT2_COMPILE:
-        tell_graph_breaks()
+    tell_graph_breaks(cfg)
     model.load_state_dict(before)
     optimizer.load_state_dict(optimizer_before)
 
 
-def tell_graph_breaks() -> None:
+def tell_graph_breaks(cfg) -> None:
     """A line in the log for every reason why Python goes on outside the programs that were made since this was last called: a
-    step is slower for each, and its evaluation may compile without end."""
+    pass is slower for each, and may compile without end."""
+    if not cfg.GPT2_COMPILE:  # then the compiler is not even imported
+        return
     found = torch._dynamo.utils.counters["graph_break"]
     for reason, times in found.items():
         print(f"graph break, {times} times: {one_line(reason)}", file=sys.stderr)

@@ -25,9 +25,9 @@ KEPT_SECONDS = 24 * 3600.0  # make has read its makefile an instant after it was
 @contextlib.contextmanager
 def alone(out: Path):
     """While no other make writes a plan of this folder: each adds to one design, and archives what it finds stale."""
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
-    lock = FileLock(out / "plan" / ".lock")
+    lock = process.lock(out / "plan" / ".lock")
     try:
         try:
             lock.acquire(timeout=LOCK_SECONDS)
@@ -37,7 +37,9 @@ def alone(out: Path):
     except Timeout:
         raise UserError(f"another make has been writing its plan of {shown(out)} for {LONGEST_WAIT:.0f} s, or the file system "
                         "there has no locks.", "make doctor, which looks at the locks, or make again.") from None
-    except NotImplementedError:
+    except (NotImplementedError, OSError) as error:  # the former from an older FileLock
+        if isinstance(error, OSError) and error.errno not in process.NO_LOCKS:
+            raise
         raise UserError(f"the file system of {shown(out)} has no locks, so that two makes could run one cell.",
                         "make OUT=folder with one on another file system.") from None
     try:

@@ -13,6 +13,9 @@ def shown(path) -> str:
 
 
 def user_cache() -> Path:
-    """The project's folder in the user's cache; it may not be there."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(home) if os.path.isabs(home) else Path("~/.cache").expanduser()) / "kablate"
+    """The project's folder in the user's cache; it may not be there, or not be writable. A user without a home, as containers
+    have them, gets one in the project."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(cache):
+        cache = os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(cache) / "kablate" if os.path.isabs(cache) else ROOT / ".cache"

@@ -12,6 +12,7 @@ record lock) is the launcher's own, for as long as it means to go on; so a cell 
 """
 
 import ctypes
+import errno
 import faulthandler
 import fcntl
 import os
@@ -33,6 +34,7 @@ STOP_VARIABLE = "KABLATE_STOP_SECONDS"
 LIMITS = ("CELL_TIMEOUT", "STOP_SECONDS")  # the symbols of a cell that its launcher itself goes by
 STACKS_SIGNAL = signal.SIGURG  # a process that has not asked for it ignores it: a cell may hang before it has
 RECORD_LOCK = struct.Struct("hhqqi4x")  # Linux's struct flock: kind, whence, start, length, process
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 LIFE_SECONDS = 1.0  # between two signs of life, at least
 _shown_at, _life = -LIFE_SECONDS, None  # in a cell: when it last showed life, and to whom
 
@@ -82,6 +84,17 @@ def _killed_after(launcher: "Watch", seconds: int) -> None:
     launcher.wait()
     time.sleep(seconds)
     (os.killpg if os.getpgrp() == os.getpid() else os.kill)(os.getpid(), signal.SIGKILL)
+
+
+def lock(path, timeout: float = -1):
+    """A FileLock (flock) that never becomes a mere file, which would stay when its process is killed: where a file system has
+    no locks, to acquire it is an OSError of NO_LOCKS."""
+    from filelock import FileLock
+
+    try:
+        return FileLock(path, timeout=timeout, fallback_to_soft=False)
+    except TypeError:  # an older one, which never does
+        return FileLock(path, timeout=timeout)
 
 
 def held_by_children(lock) -> list[int]:

@@ -6,6 +6,7 @@ apart that are equal.
 """
 
 import contextlib
+import gc
 import hashlib
 import platform
 import re
@@ -56,6 +57,13 @@ def autocast(cfg, device: torch.device):
     if precision(cfg, device) == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, precision(cfg, device)))
+
+
+def collect_garbage() -> None:
+    """Turn garbage collection on again, if a start has turned it off: it is to look through what is made from now on."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def synchronize(device: torch.device) -> None:

@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
                         help="whose sizes and baseline (default: %(default)s; on a GPU gpt2-ra-ablation+h100)")
     parser.add_argument("--batch", type=int, help="sequences of a step (default: the study's BATCH_SIZE)")
     parser.add_argument("--compile", choices=["whole", "blocks", "no"],
-                        help="the whole model as cells do (default on a GPU), only its blocks, which takes a tenth of the time "
+                        help="the whole model as cells do (default on a GPU), only its blocks, which takes a fifth of the time "
                              "to compile, or nothing (default on a CPU)")
     parser.add_argument("--rounds", type=int, default=5, help="blocks of each step (default: %(default)s)")
     parser.add_argument("--iterations", type=int, default=5, help="training steps of a block (default: %(default)s)")

@@ -7,6 +7,9 @@ import sys
 import pytest
 from hypothesis import settings
 
+from lib import process
+
+process.die_with_make()  # before the variable that tells of make is taken away
 settings.register_profile("kablate", deadline=None, derandomize=True, database=None)
 settings.load_profile("kablate")
 

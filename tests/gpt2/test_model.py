@@ -192,3 +192,14 @@ def test_a_pass_asks_nothing_that_a_compiler_cannot_follow(step, monkeypatch):
     model(idx, idx)[1].backward()
     with torch.no_grad():
         model(idx, idx)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_block_keeps_the_type_of_the_residual_stream(step, configuration):
+    """Under autocast the stream is bfloat16: one gate in float32 would widen it in all blocks that follow."""
+    model, types = GPT(configuration(step, GPT2_DROPOUT="0.0")), []
+    for block in model.transformer.h:
+        block.register_forward_hook(lambda block, inputs, output: types.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model(tokens(1, 16), tokens(1, 16, 1))
+    assert set(types) == {torch.bfloat16}

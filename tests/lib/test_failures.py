@@ -63,9 +63,7 @@ def test_what_to_do_is_kept_of_a_refusal_that_is_long():
 
 @pytest.mark.parametrize("reason, says", [
     ("refused: the data set is not there. try: make data", "once that is mended, make RETRY=1 runs it again"),
-    ("refused: checkpoint.pt is of another run: train_hash 0 -> 1. try: restore what changed",
-     "make RETRY=1 goes on from its checkpoint if the data are again what they were, and otherwise archives it and starts it "
-     "anew"),
+    ("refused: checkpoint.pt is of another run: train_hash 0 -> 1. try: restore the data and make RETRY=1, which goes on", ""),
     ("refused: no checkpoint can be read. try: remove both: make RETRY=1 then starts the cell anew", "")])
 def test_a_refused_cell_is_not_said_to_go_on_from_its_checkpoint(reason, says):
     """It would be refused again; its own sentence says what to do first."""
