@@ -87,19 +87,28 @@ tune-lr: $(SETUP) ## sweep the learning rate of every step alike, then run and c
 	$(Q)$(MAKE) --no-print-directory run
 endif
 
+BENCHES := bench-steps bench-train bench-attention bench-decode bench-ranks
 # make V3 runs V3; make plan V3 and make check V3 only look at it.
 .PHONY: $(STEP_GOALS)
-$(STEP_GOALS): $(if $(filter plan check report cells tune-lr bench-steps bench-train bench-attention bench-decode \
-  compile-matrix sample,$(MAKECMDGOALS)),,run)
+$(STEP_GOALS): $(if $(filter slurm% plan check report cells tune-lr compile-matrix estimate sample $(BENCHES),$(MAKECMDGOALS)),,run)
 	@:
 
-.PHONY: plan
+.PHONY: plan estimate
 plan: $(SETUP) ## list the study's cells, their state, and why each would run
 	$(Q)$(PYTHON) -m scripts.plan $(STEPS)
+estimate: $(SETUP) ## say what the study takes on 1, 4 and 8 GPUs, and the seeds its margin needs (ALL=1 tries every step)
+	$(Q)$(PYTHON) -m scripts.estimate $(STEPS)
 
 .PHONY: report
 report: $(SETUP) ## print the report of what is on disk and write it as md, csv, json, html and png
 	$(Q)$(PYTHON) -m scripts.report $(STEPS)
+
+.PHONY: slurm slurm-status slurm-cancel
+slurm: ## submit the missing cells of the study to a Slurm cluster, and the report after them
+slurm-status: ## say for each cell how its job stands
+slurm-cancel: ## take the study's jobs out of the queue; cells that run save
+slurm slurm-status slurm-cancel: $(SETUP)
+	$(Q)$(PYTHON) -m scripts.slurm $(patsubst slurm-%,%,$(@:slurm=slurm-submit)) $(STEPS)
 
 .PHONY: fim
 fim: $(SETUP) ## Fisher metrics of the attention of the study's finished cells, with the spread over seeds
@@ -194,21 +203,14 @@ bench-check: $(SETUP) ## time make check on gpt2-ra-ablation
 bench-overhead: $(SETUP) ## seconds that each finished cell of the study spent outside its budget
 	$(Q)$(PYTHON) -m scripts.bench overhead
 
-.PHONY: bench-steps
-bench-steps: $(SETUP) ## time and peak memory of a training step of every step, relative to the baseline
-	$(Q)$(PYTHON) -m scripts.bench_steps $(STEPS)
-
-.PHONY: bench-train
-bench-train: $(SETUP) ## training speed, MFU, memory and kernels beside a peer model (PEER=/path/model.py, FILE=name.json)
-	$(Q)$(PYTHON) -m scripts.bench_train $(STEPS)
-
-.PHONY: bench-attention
-bench-attention: $(SETUP) ## the attention module alone, eager and compiled, beside the designs that lost (FILE=name.json)
-	$(Q)$(PYTHON) -m scripts.bench_attention $(STEPS)
-
-.PHONY: bench-decode
-bench-decode: $(SETUP) ## time to first token, decoding speed and memory of every kind of cache (FILE=name.json keeps them)
-	$(Q)$(PYTHON) -m scripts.bench_decode $(STEPS)
+.PHONY: $(BENCHES)
+bench-steps: ## time and peak memory of a training step of every step, relative to the baseline
+bench-train: ## training speed, MFU, memory and kernels beside a peer model (PEER=/path/model.py, FILE=name.json)
+bench-attention: ## the attention module alone, eager and compiled, beside the designs that lost (FILE=name.json)
+bench-decode: ## time to first token, decoding speed and memory of every kind of cache (FILE=name.json keeps them)
+bench-ranks: ## what several GPUs gain for one step, by the size of what they exchange in one go (FILE=name.json)
+$(BENCHES): $(SETUP)
+	$(Q)$(PYTHON) -m scripts.$(subst -,_,$@) $(STEPS)
 
 .PHONY: compile-matrix
 compile-matrix: $(SETUP) ## prove that torch.compile makes whole programs of every step, in all phases (FILE=name.json)

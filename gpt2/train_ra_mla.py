@@ -28,7 +28,7 @@ KVSPLICE_FLAGS = {f"--kvsplice-{name}": f"KVSPLICE_{name.upper().replace('-', '_
                   for name in ("k", "knots", "samples", "max-batches", "epochs", "lr")}
 sys.path[0] = str(ROOT)  # run as a script, Python puts gpt2/ there, and modules would be found under two names
 
-from lib import failures, process  # noqa: E402
+from lib import agent, failures, process, ranks  # noqa: E402
 from lib.config import Resolved, Study, announce, environment_overrides, identity_changes  # noqa: E402
 from lib.errors import UserError, reported  # noqa: E402
 from lib.kconfig import BUDGET, Assignment  # noqa: E402
@@ -135,14 +135,22 @@ def run_by_hand(resolved: Resolved, step: str, folder: Path) -> int:
 
 
 def run_cell(folder: Path) -> int:
-    """Train the cell in `folder` to its end, from its checkpoint if there is one. One that runs out of memory says so in
-    metrics.json, with its peak."""
+    """Train the cell in `folder` to its end, from its checkpoint if there is one; where a step has several ranks, as the agent
+    that starts them. One that runs out of memory says so in metrics.json, with its peak."""
     process.die_with_launcher()
+    # Until the first step nearly everything that is made stays. Looking through it for garbage, again and again, takes a fifth
+    # of the time that torch and its compiler take to import.
+    gc.disable()
     provenance = read_provenance(folder)
     cfg = planned_configuration(folder, provenance["identity"])
+    if (size := agent.wanted(cfg)) > 1 or agent.hosts() > 1 and not ranks.one_process(cfg):
+        return agent.run([sys.executable, str(ROOT / "gpt2/train_ra_mla.py"), "--cell", str(folder)], size)
+    if ranks.number() and ranks.one_process(cfg):
+        return 0  # the first rank does it alone
     try:
         return train_cell(folder, cfg, provenance)
-    except (MemoryError, RuntimeError, OSError) as error:
+    except Exception as error:
+        agent.record(error)
         if failures.kind(error) == failures.MEMORY:
             from lib import results, runtime
 
@@ -167,17 +175,13 @@ def planned_configuration(folder: Path, identity: dict):
 
 def train_cell(folder: Path, cfg, provenance: dict) -> int:
     started = datetime.now(UTC).isoformat(timespec="seconds")
-
-    # Until the first step nearly everything that is made stays. Looking through it for garbage, again and again, takes a fifth
-    # of the time that torch and its compiler take to import.
-    gc.disable()
     # Imported here, so that bad input and --help do not wait for torch.
     import torch
 
     from gpt2 import splicing
     from gpt2.kvsplice import codec_mode
     from gpt2.model import GPT
-    from lib import checkpoint, finite, generations, loop, optimizers, results, runtime, tracking
+    from lib import checkpoint, finite, generations, loop, optimizers, results, runtime, slots, tracking
     from lib.data import open_corpus
     from lib.schedule import Budget, tokens_per_iteration
 
@@ -188,7 +192,8 @@ def train_cell(folder: Path, cfg, provenance: dict) -> int:
         compiler.start()
     corpus = open_corpus(cfg)
     device = runtime.setup(cfg)
-    environment = runtime.environment(cfg, device)
+    group = ranks.join(cfg, device)
+    environment = runtime.environment(cfg, device, group.size)
     model = GPT(cfg)
     parent = load_parent(model, folder, provenance, cfg.INIT_FROM_STEP) if cfg.INIT_FROM_STEP else None
     model.to(device)
@@ -197,6 +202,8 @@ def train_cell(folder: Path, cfg, provenance: dict) -> int:
     optimizer = optimizers.build(model, cfg)
 
     def open_log(keep):
+        if not group.first:
+            return tracking.NoLog()
         tracker = tracking.open_tracker(cfg, folder, provenance)
         return tracking.MetricsLog(folder, keep, tracker)
 
@@ -218,7 +225,10 @@ def train_cell(folder: Path, cfg, provenance: dict) -> int:
     try:
         with codec_mode(model, "splice" if parent else "off"):
             loop.train(cfg, model, optimizer, corpus, folder, provenance["identity"], open_log, clock, progress, stop,
-                       save_at_end=cfg.KVSPLICE and not parent)
+                       save_at_end=cfg.KVSPLICE and not parent, group=group)
+        group.leave()
+        if not group.first:
+            return 0
         if cfg.KVSPLICE and not parent:
             compression = compress()
             progress.val_loss, progress.best_val_loss = compression["val_loss"], None  # the best was uncompressed
@@ -227,6 +237,8 @@ def train_cell(folder: Path, cfg, provenance: dict) -> int:
     except loop.Interrupted:
         return process.EXIT_INTERRUPTED
     except loop.Diverged as error:
+        if not group.first:
+            return 0
         state, reason = "diverged", str(error)
         progress.val_loss = None  # a value from the middle of the run is no result
         if keeping and (name := finite.not_finite(dict(model.named_parameters()))):
@@ -249,7 +261,7 @@ def train_cell(folder: Path, cfg, provenance: dict) -> int:
         budget_progress=Budget.from_config(cfg).progress(progress.iteration, clocks["train"]),
         start_seconds=progress.start_seconds, compile_seconds=clocks["compile"], eval_seconds=clocks["eval"],
         calibration_seconds=clocks["calibration"], checkpoint_seconds=clocks["checkpoint"],
-        other_seconds=clocks["other"], resumed=progress.resumed,
+        other_seconds=clocks["other"], resumed=progress.resumed, shared_device=slots.shared(folder),
         parameters=sum(p.numel() for p in model.parameters()), sizes=model.sizes(),
         kv_cache_bytes=cache.nbytes(), kv_cache_parts=cache.parts(),
         peak_memory_bytes=max(progress.peak_memory_bytes, runtime.peak_memory_bytes(device)),

@@ -9,7 +9,6 @@ two maps, symbols set and symbols at their default, so that a symbol that is add
 This module does not import torch.
 """
 
-import copy
 import difflib
 import hashlib
 import json
@@ -29,7 +28,7 @@ DEFAULT_STUDY = "gpt2-ra-ablation+tiny"
 STEP_SPEC = re.compile(r"([A-Za-z][A-Za-z0-9_]*)(?:@(.+))?")
 # What describes the study as a whole; in a step it would be silently without effect.
 OF_THE_STUDY = ("SEED", "SEEDS", "STUDY", "ABLATION_STEPS", "BASELINE", "OPTIMIZERS", "OUTPUT_DIR", "MARGIN", "CONTROL_STEPS",
-                "MAX_SEEDS", "TUNE_LR", "JOBS", "BATCH_SIZE_AUTO")
+                "MAX_SEEDS", "TUNE_LR", "JOBS", "BATCH_SIZE_AUTO", "CELLS_PER_GPU", "CLUSTER_JOBS")
 
 # How the sequences of an optimizer step are split and drawn.
 BATCH_SPLIT = ("BATCH_SIZE", "GPT2_GRADIENT_ACCUMULATION", "BATCH_DRAWN")
@@ -84,7 +83,7 @@ class Resolved:
         """The same configuration under another seed, without a second resolve."""
         values = dict(self.config._values, SEED=seed)
         text = re.sub(r"^CONFIG_SEED=\d+$", f"CONFIG_SEED={seed}", self.text, flags=re.M)
-        identity = copy.deepcopy(self.identity)
+        identity = {part: dict(self.identity[part]) for part in ("set", "default")}  # of texts, so this copies all
         identity["default"].pop("SEED", None)
         identity["set"]["SEED"] = str(seed)
         return Resolved(Config(values), text, sealed(identity), dict(self.provenance, SEED=[str(seed), "the seed of the cell"]))

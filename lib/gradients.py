@@ -6,11 +6,13 @@ stay the same; dropout follows torch.manual_seed as it does without a graph. Wha
 host, and none is made here: that is what Mechanisms.advance is for, and after it says so the loop captures anew.
 """
 
+import contextlib
 import time
 
 import torch
+from torch import nn
 
-from lib import runtime
+from lib import ranks, runtime
 from lib.errors import UserError
 
 NORM_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
@@ -45,25 +47,41 @@ class Timer:
         return self.events[0].elapsed_time(self.events[1]) if self.events else 1e3 * self.seconds
 
 
+class Objective(nn.Module):
+    """The loss of a micro-batch, and what is differentiated: the same with penalties. One module of both, so that whoever
+    reduces gradients over ranks sees every use of a parameter."""
+
+    def __init__(self, cfg, model, mechanisms):
+        super().__init__()
+        self.cfg, self.model, self.mechanisms = cfg, model, mechanisms
+
+    def forward(self, x, y):
+        with runtime.autocast(self.cfg, x.device):
+            _, loss = self.model(x, y)
+        return loss.detach(), loss + self.mechanisms.penalty()
+
+
 class Gradient:
     """Adds the gradient of a micro-batch, one of `parts` of a step, to the parameters; `forward_timer` is of the last forward
-    pass.
+    pass. With the last of them the gradients become the mean over `group`, the ranks of the step.
 
-    The loss that is returned has shape (), is detached, on the device, and without penalties; the next call may overwrite it.
+    The loss that is returned has shape (), is detached, on the device, this rank's, and without penalties; the next call may
+    overwrite it.
     """
 
-    def __init__(self, cfg, model, mechanisms, device, parts: int = 1):
-        self.cfg, self.model, self.mechanisms, self.parts = cfg, model, mechanisms, parts
+    def __init__(self, cfg, model, mechanisms, device, parts: int = 1, group: ranks.Alone = ranks.ALONE):
+        self.model, self.parts, self.group = model, parts, group
+        self.objective = group.parallel(Objective(cfg, model, mechanisms), mechanisms.changing())
         self.forward_timer = Timer(device)
 
     def __call__(self, x, y, micro: int = 0):
         """x, y: int64 [B, T] on the device; `micro` counts the micro-batches of a step from 0."""
-        self.forward_timer.start()
-        with runtime.autocast(self.cfg, x.device):
-            _, loss = self.model(x, y)
-        self.forward_timer.stop()
-        ((loss + self.mechanisms.penalty()) / self.parts).backward()
-        return loss.detach()
+        with contextlib.nullcontext() if micro == self.parts - 1 else self.group.unreduced(self.objective):
+            self.forward_timer.start()
+            loss, objective = self.objective(x, y)
+            self.forward_timer.stop()
+            (objective / self.parts).backward()
+        return loss
 
 
 class Replayed:
@@ -108,12 +126,12 @@ class Replayed:
         return loss
 
 
-def of(cfg, model, mechanisms, device) -> Gradient | Replayed:
-    """As CUDA_GRAPHS says, and where there is no GPU, without a graph; for a model that has been warmed up, and is put into
-    training mode."""
+def of(cfg, model, mechanisms, device, group: ranks.Alone = ranks.ALONE) -> Gradient | Replayed:
+    """As CUDA_GRAPHS says, and where there is no GPU, or more than one rank, without a graph; for a model that has been warmed
+    up, and is put into training mode."""
     model.train()
-    gradient = Gradient(cfg, model, mechanisms, device, cfg.GPT2_GRADIENT_ACCUMULATION)
-    if not (cfg.CUDA_GRAPHS and device.type == "cuda"):
+    gradient = Gradient(cfg, model, mechanisms, device, ranks.split(cfg, group.size)[1], group)
+    if not (cfg.CUDA_GRAPHS and device.type == "cuda" and group.size == 1):
         return gradient
     return Replayed(gradient, (cfg.BATCH_SIZE, cfg.GPT2_BLOCK_SIZE), device)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from filelock import Timeout
 
-from lib import atomic, failures, generations, process, results
+from lib import atomic, failures, generations, process, results, slots
 from lib.cells import Cell, plan_name
 from lib.config import Config, Resolved
 from lib.errors import UserError, one_line
@@ -137,6 +137,16 @@ def _run_locked(folder: Path, cell: Cell, title: str, position: str, watch: proc
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a job in the background
             signal.signal(number, ask)
+    with slots.held(cell.resolved.text, folder, title, lambda: bool(asked) or watch.ended()) as slot:
+        if slot is None:
+            print(f"{title}: interrupted while it waited for a GPU", flush=True)
+            return 128 + (asked[0][0] if asked else signal.SIGTERM)
+        return _run_child(folder, cell, title, position, watch, [*lock, *slot.handles], slot.environment, asked, ask)
+
+
+def _run_child(folder: Path, cell: Cell, title: str, position: str, watch: process.Watch, inherited: list[int],
+               variables: dict[str, str], asked: list, ask) -> int:
+    """The cell's process from its start to what is known of its end; it inherits these descriptors and variables."""
     display, life, kills = Display(folder, title, position), process.Life(), process.memory_kills()
     limits = cell.resolved.config
     begun, hung, told, killing = time.monotonic(), None, None, False
@@ -144,7 +154,7 @@ def _run_locked(folder: Path, cell: Cell, title: str, position: str, watch: proc
         log_start = log.tell()
         child = subprocess.Popen([sys.executable, str(ROOT / cell.resolved.config.TRAINER), "--cell", str(folder)], stdout=log,
                                  stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-                                 pass_fds=[life.handle, *lock], env={**os.environ, **bytecode_is_kept(),
+                                 pass_fds=[life.handle, *inherited], env={**os.environ, **bytecode_is_kept(), **variables,
                                                               process.LAUNCHER_VARIABLE: str(os.getpid()),
                                                               process.LIFE_VARIABLE: str(life.handle),
                                                               process.STOP_VARIABLE: str(limits.STOP_SECONDS)})

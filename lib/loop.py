@@ -5,7 +5,8 @@ trackers) have clocks of their own, and every second of the process is on one of
 and dropout come from streams keyed by (cell_seed, purpose, iteration), so the position in every stream is the iteration
 number, and a resumed run continues bit for bit.
 
-The loop knows no mechanism; what a module of the model may ask of it, and it of the module, is in lib/mechanisms.py.
+The loop knows no mechanism; what a module of the model may ask of it, and it of the module, is in lib/mechanisms.py. Nor does
+it know whether others train the same model: it is one of `group`, whose ranks run this loop alike (lib/ranks.py).
 """
 
 import copy
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib import finite, generations, gradients, process, runtime
+from lib import finite, generations, gradients, process, ranks, runtime
 from lib.config import identity_changes
 from lib.data import EvalSet, draw_size, train_batch, unigram_entropy
 from lib.errors import UserError, one_line
@@ -104,16 +105,17 @@ class StopRequest:
 
 
 def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log, clock: Clock, progress: Progress,
-          stop, save_at_end: bool = False) -> None:
+          stop, save_at_end: bool = False, group: ranks.Alone = ranks.ALONE) -> None:
     """Train `model` in place and account for it in `progress`, which is kept in the checkpoints of `folder` and resumed
     from them.
 
     `identity` is the cell's (a checkpoint of another one, or of other data, is refused with UserError). `open_log(keep)`
     gives a MetricsLog with its first `keep` rows; `stop.asked` ends the run after the current step. `save_at_end`
     writes a checkpoint at the end of the budget too, for a caller that has more to do. Raises Interrupted (after saving) and
-    Diverged.
+    Diverged, on every rank of `group` alike; only its first one saves.
     """
     device, seed = clock.device, cell_seed(cfg)
+    micro_batch, parts = ranks.split(cfg, group.size)
     budget, per_iteration = Budget.from_config(cfg), tokens_per_iteration(cfg)
     eval_set = EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, draw_size(cfg), cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
     data = {"train_hash": corpus.train.fingerprint(), "eval_hash": eval_set.hash}
@@ -124,10 +126,10 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
         compile_model(cfg, model)
     if compiling:
         clock.switch("compile")
-        warm_up(cfg, model, optimizer, eval_set, device)
+        warm_up(cfg, model, optimizer, eval_set, device, group)
         runtime.reset_peak_memory(device)
-    mechanisms = Mechanisms(model)
-    gradient = gradients.of(cfg, model, mechanisms, device) if training else None
+    mechanisms = Mechanisms(model, group)
+    gradient = gradients.of(cfg, model, mechanisms, device, group) if training else None
     evaluation_compiled = not compiling
     clock.switch("other")
     progress.eval_hash, progress.unigram_entropy = eval_set.hash, unigram_entropy(corpus.train, eval_set)
@@ -143,26 +145,31 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
             log.close()
             raise Diverged(found)
 
+    def peak_memory():
+        return group.largest(max(progress.peak_memory_bytes, runtime.peak_memory_bytes(device)))
+
     def save_checkpoint():
         clock.switch("checkpoint")
         require_finite(weights=True)
         progress.rows = log.count
-        progress.peak_memory_bytes = max(progress.peak_memory_bytes, runtime.peak_memory_bytes(device))
         progress.loss_sum, progress.loss_count = loss_sum.item(), loss_count
         _, progress.last_loss, progress.last_norm = guard.last()
-        generations.save(folder, identity=identity, data=data, progress=vars(progress), model=model.state_dict(),
-                         optimizer=optimizer.state_dict())
+        progress.peak_memory_bytes = peak_memory()
+        if group.first:
+            generations.save(folder, identity=identity, data=data, progress=vars(progress), model=model.state_dict(),
+                             optimizer=optimizer.state_dict())
+        group.wait()  # who ends now ends with a checkpoint on disk
 
     def evaluate_and_log(last=False):
         nonlocal loss_sum, loss_count, evaluation_compiled
         if not evaluation_compiled:  # not before it is needed: a first step need not wait for it
             clock.switch("compile")
-            evaluate(cfg, model, itertools.islice(eval_set, 1), device)
+            evaluate(cfg, model, itertools.islice(eval_set, 1), device, ranks.ALONE)
             evaluation_compiled = True
             tell_graph_breaks(cfg)
         clock.switch("eval")
         require_finite(weights=last)
-        progress.val_loss = evaluate(cfg, model, eval_set, device)
+        progress.val_loss = evaluate(cfg, model, eval_set, device, group)
         if loss_count:
             progress.train_loss = loss_sum.item() / loss_count
         loss_sum, loss_count = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -193,32 +200,48 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
         clock.switch("train")
         progress.start_seconds = clock.since - clock.begun
 
-    while (share := budget.progress(progress.iteration, clock.read("train"))) < 1:
-        if stop.asked:
+    def used():
+        return budget.progress(progress.iteration, clock.read("train"))
+
+    def stale():
+        return 0 < cfg.CHECKPOINT_INTERVAL < time.monotonic() - last_saved
+
+    while True:
+        share, stopping, saving = group.agree(used(), stop.asked, stale())
+        if share >= 1:
+            break
+        if stopping:
             save_checkpoint()
             log.close()
             raise Interrupted
+        if saving:
+            save_checkpoint()
+            last_saved = time.monotonic()
+            clock.switch("train")
         moment = Moment(progress.iteration, share, last_loss, progress.first_loss, progress.val_loss)
-        if mechanisms.advance(moment) and compiling:
+        if mechanisms.advance(moment) and (compiling or group.size > 1):
             clock.switch("compile")
-            progress.peak_memory_bytes = max(progress.peak_memory_bytes, runtime.peak_memory_bytes(device))
-            torch.compiler.reset()  # one program at a time, so that no number of changes meets the compiler's limit
             gradient = None  # its memory
-            warm_up(cfg, model, optimizer, eval_set, device)
-            runtime.reset_peak_memory(device)
-            gradient, evaluation_compiled = gradients.of(cfg, model, mechanisms, device), False
+            if compiling:
+                progress.peak_memory_bytes = peak_memory()
+                torch.compiler.reset()  # one program at a time, so that no number of changes meets the compiler's limit
+                warm_up(cfg, model, optimizer, eval_set, device, group)
+                runtime.reset_peak_memory(device)
+                evaluation_compiled = False
+            gradient = gradients.of(cfg, model, mechanisms, device, group)
             clock.switch("train")
         rate = learning_rate(cfg, progress.iteration, share)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["lr_mult"]
-        torch.manual_seed(stream_seed(seed, "dropout", progress.iteration))
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = rate * parameters["lr_mult"]
+        torch.manual_seed(stream_seed(seed, "dropout", progress.iteration, *group.stream))
         logging = (progress.iteration + 1) % cfg.GPT2_LOG_INTERVAL == 0
         step_loss = torch.zeros((), dtype=torch.float64, device=device)
-        for micro in range(cfg.GPT2_GRADIENT_ACCUMULATION):
-            batch = train_batch(corpus.train, seed, progress.iteration, micro, cfg.BATCH_SIZE, cfg.GPT2_BLOCK_SIZE,
-                                draw_size(cfg))
-            step_loss += gradient(*to_device(batch, device), micro).double() / cfg.GPT2_GRADIENT_ACCUMULATION
+        for micro in range(parts):
+            batch = train_batch(corpus.train, seed, progress.iteration, group.rank * parts + micro, micro_batch,
+                                cfg.GPT2_BLOCK_SIZE, draw_size(cfg))
+            step_loss += gradient(*to_device(batch, device), micro).double() / parts
             process.show_life()
+        group.mean(step_loss)
         norm = gradients.clip(model, optimizer, cfg.GRAD_CLIP)
         guard.look(progress.iteration + 1, step_loss, norm)
         optimizer.step()  # changes nothing from the first step on that is not finite
@@ -239,21 +262,18 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
                     progress=budget.progress(progress.iteration, row_seconds), train_loss_step=step_loss.item(),
                     learning_rate=rate, grad_norm=norm.item(), forward_time_ms=gradient.forward_timer.milliseconds(),
                     tokens_per_second=iterations * per_iteration / seconds, steps_per_second=iterations / seconds,
-                    peak_memory_bytes=runtime.peak_memory_bytes(device), **mechanisms.statistics())
+                    peak_memory_bytes=group.largest(runtime.peak_memory_bytes(device)), **mechanisms.statistics())
             require_finite()
             clock.switch("train")
-        if progress.iteration % cfg.GPT2_EVAL_INTERVAL == 0 and budget.progress(progress.iteration, clock.read("train")) < 1:
+        if progress.iteration % cfg.GPT2_EVAL_INTERVAL == 0 and group.agree(used())[0] < 1:
             evaluate_and_log()
             model.train()
-            clock.switch("train")
-        if cfg.CHECKPOINT_INTERVAL and time.monotonic() - last_saved > cfg.CHECKPOINT_INTERVAL:
-            save_checkpoint()
-            last_saved = time.monotonic()
             clock.switch("train")
 
     if save_at_end and training:
         save_checkpoint()
     evaluate_and_log(last=True)
+    progress.peak_memory_bytes = peak_memory()
     log.close()
 
 
@@ -294,15 +314,16 @@ def lift_compile_limits() -> None:
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10 ** 6
 
 
-def warm_up(cfg, model, optimizer, eval_set, device) -> None:
+def warm_up(cfg, model, optimizer, eval_set, device, group: ranks.Alone = ranks.ALONE) -> None:
     """Compile, allocate and choose kernels in a few steps whose effect is undone, off the budget."""
     before, optimizer_before = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     batch = next(iter(eval_set))
-    gradient = gradients.Gradient(cfg, model, Mechanisms(model), device)
+    gradient = gradients.Gradient(cfg, model, Mechanisms(model), device, group=group)
+    micro_batch, _ = ranks.split(cfg, group.size)
     model.train()
     for _ in range(COMPILE_WARMUP_STEPS):
         # evaluation may be in another shape than training
-        x, y = to_device([np.resize(part, (cfg.BATCH_SIZE, part.shape[1])) for part in batch], device)
+        x, y = to_device([np.resize(part, (micro_batch, part.shape[1])) for part in batch], device)
         gradient(x, y)
         process.show_life()
         gradients.clip(model, optimizer, cfg.GRAD_CLIP)
@@ -325,17 +346,17 @@ def tell_graph_breaks(cfg) -> None:
 
 
 @torch.no_grad()
-def evaluate(cfg, model, eval_set, device) -> float:
-    """Mean cross-entropy in nats over the whole evaluation set."""
+def evaluate(cfg, model, eval_set, device, group: ranks.Alone = ranks.ALONE) -> float:
+    """Mean cross-entropy in nats over the whole evaluation set, whose batches are dealt to the ranks in turn."""
     model.eval()
     total, batches = torch.zeros((), dtype=torch.float64, device=device), 0
-    for batch in eval_set:
+    for batch in itertools.islice(eval_set, group.rank, None, group.size):
         x, y = to_device(batch, device)
         with runtime.autocast(cfg, device):
             total += model(x, y)[1].double()
         batches += 1
         process.show_life()
-    return (total / batches).item()
+    return (group.total(total) / group.total(torch.full_like(total, batches))).item()
 
 
 def to_device(batch, device):

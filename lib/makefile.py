@@ -68,16 +68,24 @@ def _text(plan, must_run: list[Cell]) -> str:
              f"all: $(CELLS)\n\t{_afterwards(plan, must_run)}", ".PHONY: all FORCE", ".PRECIOUS: $(CELLS)"]
     if plan.jobs > 1 and not re.search(r"(^| )(-j|--jobserver)", os.environ.get("MAKEFLAGS", "")):
         lines.insert(1, f"MAKEFLAGS += -j{plan.jobs}")
+    for cell, words in zip(must_run, commands(plan, must_run).values(), strict=True):
+        parent = f" {targets[cell.parent]}" if cell.parent in targets else ""
+        lines.append(f"{targets[cell.name]}: FORCE{parent}\n\t$(Q)$(PYTHON) -m scripts.cell {' '.join(words)}")
+    return "\n".join(lines) + "\n"
+
+
+def commands(plan, must_run: list[Cell]) -> dict[str, list[str]]:
+    """The arguments of scripts.cell for each of these cells, by name, with the configurations stored that they read. Every
+    launcher runs the same."""
     stored: dict[int, Path] = {}
+    found = {}
     for number, cell in enumerate(must_run, 1):
         if id(cell.resolved) not in stored:
-            stored[id(cell.resolved)] = _stored(out, _configuration(plan, cell), "json")
-        parent = f" {targets[cell.parent]}" if cell.parent in targets else ""
-        lines.append(f"{targets[cell.name]}: FORCE{parent}\n\t$(Q)$(PYTHON) -m scripts.cell {out}/{cell.name} "
-                     f"--plan {stored[id(cell.resolved)]} --seed {cell.seed} --of {number}/{len(must_run)}"
-                     + (f" --parent {cell.parent}" if cell.parent else "")
-                     + (" --retry" if plan.status[cell.name].state == "failed" else ""))
-    return "\n".join(lines) + "\n"
+            stored[id(cell.resolved)] = _stored(plan.out, _configuration(plan, cell), "json")
+        found[cell.name] = [f"{plan.out}/{cell.name}", "--plan", str(stored[id(cell.resolved)]), "--seed", str(cell.seed),
+                            "--of", f"{number}/{len(must_run)}", *(["--parent", cell.parent] if cell.parent else []),
+                            *(["--retry"] if plan.status[cell.name].state == "failed" else [])]
+    return found
 
 
 def _afterwards(plan, must_run: list[Cell]) -> str:

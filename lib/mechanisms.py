@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lib import ranks
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -37,9 +39,12 @@ class Moment:
 
 
 class Mechanisms:
-    """All modules of `model` that offer something to the loop, by what they offer."""
+    """All modules of `model` that offer something to the loop, by what they offer. `group`: the ranks that train it, who all
+    ask for statistics together."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, group: ranks.Alone = ranks.ALONE):
+        self.group = group
+
         def offering(what):
             return [(name, module) for name, module in model.named_modules() if hasattr(module, what)]
 
@@ -49,6 +54,10 @@ class Mechanisms:
     def advance(self, moment: Moment) -> bool:
         """Tell every module of the moment; whether one of them changed the program of the model."""
         return any([module.advance(moment) for _, module in self._advancing])  # a list: every one is told
+
+    def changing(self) -> bool:
+        """Whether the program of the model may change, so that parameters are left without a use."""
+        return bool(self._advancing)
 
     def penalty(self) -> Tensor | float:
         """Sum of all penalties of the last forward pass."""
@@ -63,8 +72,8 @@ class Mechanisms:
 
     @torch.no_grad()
     def statistics(self, by_layer: bool = False) -> dict[str, float]:
-        """All statistics, in one transfer. `by_layer` adds the mean over each layer as "<statistic>/layer<number>", for
-        modules that are in one."""
+        """All statistics, in one transfer, as the mean over ranks, each of which has seen its own sequences. `by_layer` adds
+        the mean over each layer as "<statistic>/layer<number>", for modules that are in one."""
         values: dict[str, list] = {}
         layers: dict[str, list] = {}
         single = set()
@@ -85,7 +94,7 @@ class Mechanisms:
                 found |= {f"{name}_mean": joined.mean(), f"{name}_min": joined.min(), f"{name}_max": joined.max(),
                           f"{name}_std": joined.std(unbiased=False)}
         found |= {name: torch.cat(parts).mean() for name, parts in layers.items()}
-        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
+        return dict(zip(found, self.group.mean(torch.stack(list(found.values()))).tolist(), strict=True)) if found else {}
 
 
 def layer_number(name: str) -> int | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lib import atomic, batch_size, design, looks, makefile, tuning
+from lib import atomic, batch_size, design, looks, makefile, ranks, slots, tuning
 from lib.archiving import archive_stale, remove_checkpoints
 from lib.cells import (
     FINISHED,
@@ -196,7 +196,12 @@ class Plan:
 
     def write(self) -> Path:
         """Archive stale cells, put the design on record, and write a makefile with what must run; returns its path. A stale
-        cell that another make has taken up since the plan was made is left to it, and has its state of now from then on."""
+        cell that another make has taken up since the plan was made is left to it, and has its state of now from then on.
+
+        UserError, before anything is written, where the GPUs of a step cannot share it evenly."""
+        for cfg in {id(cell.resolved): cell.resolved.config for cell, _, runs in self.rows() if runs}.values():
+            if cfg.GPUS_PER_STEP and not ranks.one_process(cfg):
+                ranks.split(cfg, cfg.GPUS_PER_STEP)
         try:
             atomic.make_folder(self.out / "plan")
             with makefile.alone(self.out):
@@ -250,13 +255,17 @@ class Plan:
 
     @cached_property
     def jobs(self) -> int:
-        """Cells side by side: JOBS, or as many as there are cores for where cells are bound to threads of the CPU."""
+        """Cells side by side: JOBS, or as many as there are cores for where cells are bound to threads of the CPU, or as many
+        as its GPUs have slots for where cells take less than all of them."""
         given = self.options.jobs or str(self.study.config.JOBS)
         if (number := whole(given)) is None:
             raise UserError(f"JOBS={given} is no number of cells.", "give a whole number, or make -jN.")
         if number:
             return number
         configs = [cell.resolved.config for cell in self.cells]
+        if not any(c.DEVICE == "cpu" for c in configs):
+            per_step = max((getattr(c, "GPUS_PER_STEP", 0) for c in configs), default=0)
+            return slots.cells_at_once(slots.gpus, per_step, self.study.config.CELLS_PER_GPU)
         if not all(c.DEVICE == "cpu" and c.CPU_THREADS and not c.GPT2_MAX_TIME for c in configs):
             return 1  # a neighbour would take training from a cell whose budget is seconds
         return max(1, len(os.sched_getaffinity(0)) // max(c.CPU_THREADS for c in configs))

@@ -11,6 +11,7 @@ A cell's lock is two locks on one file. The cell inherits the first (flock) and 
 record lock) is the launcher's own, for as long as it means to go on; so a cell that is locked and not claimed is stopping.
 """
 
+import contextlib
 import ctypes
 import errno
 import faulthandler
@@ -63,6 +64,14 @@ def die_with_launcher() -> None:
         threading.Thread(target=_killed_after, args=(Watch(parent=launcher), grace), daemon=True).start()
     if os.getppid() != launcher:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def adopt() -> None:
+    """In a process between the launcher and the cell's own: what it starts from now on dies with it at once, and shows life
+    to the launcher, whose pipe only it has inherited."""
+    os.environ |= {LAUNCHER_VARIABLE: str(os.getpid()), STOP_VARIABLE: "0"}
+    if (life := number_in(LIFE_VARIABLE)) is not None:
+        os.environ[LIFE_VARIABLE] = f"/proc/{os.getpid()}/fd/{life}"
 
 
 def die_with_make() -> None:
@@ -170,8 +179,9 @@ def show_life() -> None:
     if now - _shown_at < LIFE_SECONDS:
         return
     _shown_at = now
-    if os.environ.get(LIFE_VARIABLE):
-        _life = number_in(LIFE_VARIABLE)
+    if where := os.environ.get(LIFE_VARIABLE):
+        with contextlib.suppress(OSError):  # no /proc: then it shows none
+            _life = os.open(where, os.O_WRONLY | os.O_NONBLOCK) if where.startswith("/proc/") else number_in(LIFE_VARIABLE)
         del os.environ[LIFE_VARIABLE]  # not for processes that the cell starts: it is not open there
     if _life is not None:
         try:

@@ -1,8 +1,9 @@
 """metrics.json: the one record of a finished cell, and the marker that it is finished.
 
 Every record has all KEYS; what was not measured is null. `state` is done, diverged or failed, with a `reason` for the
-latter two. `inactive` says of a cell whose mechanism never acted within its budget why; it must not be compared. The file
-is strict JSON and the last file a cell writes.
+latter two. `inactive` says of a cell whose mechanism never acted within its budget why; it must not be compared.
+`shared_device` says whether another cell ran on its device meanwhile. The file is strict JSON and the last file a cell
+writes.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ KEYS = (
     "val_loss", "val_perplexity", "best_val_loss", "train_loss",
     "iterations", "tokens", "train_seconds", "tokens_per_second", "budget_progress",
     "start_seconds", "compile_seconds", "eval_seconds", "calibration_seconds", "checkpoint_seconds", "other_seconds", "resumed",
-    "parameters", "sizes", "kv_cache_bytes", "kv_cache_parts", "peak_memory_bytes", "compression",
+    "shared_device", "parameters", "sizes", "kv_cache_bytes", "kv_cache_parts", "peak_memory_bytes", "compression",
     "data", "environment", "configuration", "started", "finished", "checksum",
 )
 
@@ -37,7 +38,7 @@ KINDS = {
                      "eval_seconds", "calibration_seconds", "checkpoint_seconds", "other_seconds"), "amount"),
     **dict.fromkeys(("val_loss", "val_perplexity", "best_val_loss", "train_loss"), "number"),
     **dict.fromkeys(("sizes", "data", "environment", "configuration"), "table"),
-    "kv_cache_parts": "table of amounts", "compression": "comparison of codecs",
+    "shared_device": "flag", "kv_cache_parts": "table of amounts", "compression": "comparison of codecs",
 }
 LARGEST = 1e100  # of a number: its square is one too
 
@@ -112,6 +113,8 @@ def is_number(value) -> bool:
 def _is(kind: str, value) -> bool:
     if kind == "text":
         return isinstance(value, str)
+    if kind == "flag":
+        return isinstance(value, bool)
     if kind == "table":  # of plain values, or of tables of texts (the source files)
         return isinstance(value, dict) and all(
             v is None or isinstance(v, bool | str) or is_number(v)

@@ -8,6 +8,7 @@ apart that are equal.
 import contextlib
 import gc
 import hashlib
+import os
 import platform
 import re
 import resource
@@ -18,22 +19,24 @@ import torch
 
 from lib.errors import UserError
 from lib.paths import ROOT
+from lib.ranks import LOCAL_RANK
 
 # What makes no number, files and packages. A module that is not listed counts; when in doubt, list nothing.
 MAKES_NO_NUMBER = (
     # Reads results afterwards.
-    "lib/anytime.py", "lib/arms.py", "lib/bundle.py", "lib/claims.py", "lib/classes.py", "lib/design.py", "lib/gates.py",
-    "lib/looks.py", "lib/report", "lib/simulation.py", "lib/stats.py", "lib/verdicts.py",
+    "lib/anytime.py", "lib/arms.py", "lib/bundle.py", "lib/claims.py", "lib/classes.py", "lib/design.py",
+    "lib/estimate.py", "lib/gates.py", "lib/looks.py", "lib/report", "lib/simulation.py", "lib/stats.py", "lib/verdicts.py",
     # Plans and launches: what came of it is in the cell's configuration.
-    "lib/archiving.py", "lib/batch_size.py", "lib/cells.py", "lib/launch.py", "lib/makefile.py", "lib/plan.py", "lib/tables.py",
-    "lib/tuning.py",
+    "lib/archiving.py", "lib/batch_size.py", "lib/cells.py", "lib/cluster.py", "lib/cluster_job.py", "lib/launch.py",
+    "lib/makefile.py", "lib/plan.py", "lib/tables.py", "lib/tuning.py",
     # Judges mechanisms without training; makes data sets, which are recorded by their own hashes.
     "gpt2/laws.py", "gpt2/function_class.py", "gpt2/fisher.py", "lib/data/prepare.py", "lib/data/shards.py",
     # Writes text with a trained model, and measures it.
     "gpt2/sample.py", "gpt2/decode_costs.py",
 )
-# The same for modules that a cell does import: where fragments lie, and how errors and failures are worded.
-IMPORTED_BUT_MAKES_NO_NUMBER = ("lib/errors.py", "lib/failures.py", "lib/steps.py")
+# The same for modules that a cell does import: where fragments lie, how errors and failures are worded, who shares a device,
+# who starts ranks.
+IMPORTED_BUT_MAKES_NO_NUMBER = ("lib/agent.py", "lib/errors.py", "lib/failures.py", "lib/slots.py", "lib/steps.py")
 
 
 def setup(cfg) -> torch.device:
@@ -44,7 +47,10 @@ def setup(cfg) -> torch.device:
     torch.set_float32_matmul_precision("high" if cfg.GPT2_AMP_DTYPE == "bfloat16" else "highest")
     if cfg.DEVICE == "cuda" and not torch.cuda.is_available():
         raise UserError("CONFIG_DEVICE_CUDA is set, but torch sees no GPU.", "choose DEVICE_AUTO in make menuconfig.")
-    return torch.device("cuda" if cfg.DEVICE != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if cfg.DEVICE != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and (rank_here := os.environ.get(LOCAL_RANK)):
+        torch.cuda.set_device(int(rank_here))
+    return device
 
 
 def precision(cfg, device: torch.device) -> str:
@@ -113,7 +119,7 @@ def processor() -> str:
     return named[1].strip() if named else platform.processor() or platform.machine()
 
 
-def environment(cfg, device: torch.device) -> dict:
+def environment(cfg, device: torch.device, world_size: int = 1) -> dict:
     """What a reader needs to know to believe a comparison. Taken before training, while the files are those that run."""
     files = sources()
     return {
@@ -124,7 +130,7 @@ def environment(cfg, device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "world_size": 1,
+        "world_size": world_size,
         "source_hash": source_hash(files),
         "sources": files,
     }

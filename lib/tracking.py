@@ -77,6 +77,18 @@ class MetricsLog:
                 print(f"warning: the tracker failed and is switched off: {error}", file=sys.stderr)
 
 
+class NoLog:
+    """Where rows go that another process writes."""
+
+    count = 0
+
+    def row(self, **values) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class Wandb:
     """Weights & Biases; WANDB_MODE decides between online, offline and disabled (offline by default)."""
 

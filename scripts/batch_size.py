@@ -71,29 +71,18 @@ def device(cfg) -> dict:
 
 def trial(cfg, share: float, folder: Path) -> int | None:
     """Peak memory in bytes of a cell of two iterations of `cfg` in `folder`; None if it does not fit."""
-    import numpy as np
     import torch
 
-    from gpt2.kvsplice import codec_mode
-    from gpt2.model import GPT
-    from lib import loop, optimizers, runtime, tracking
-    from lib.data import Corpus, Tokens
+    from lib import loop, runtime
 
     where = runtime.setup(cfg)
     if where.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(share)
     cfg = cfg.replace(GPT2_MAX_TIME=0, GPT2_MAX_TOKENS=0, GPT2_MAX_ITERS=2, GPT2_EVAL_SAMPLES=1, CHECKPOINT_INTERVAL=0,
                       GPT2_GRADIENT_ACCUMULATION=min(2, cfg.GPT2_GRADIENT_ACCUMULATION))  # a third adds nothing to two
-    random = np.random.default_rng(0)
-    tokens = [Tokens(random.integers(cfg.VOCAB_SIZE, size=TOKENS + cfg.GPT2_BLOCK_SIZE).astype(np.uint16), cfg.VOCAB_SIZE)
-              for _ in range(2)]
-    corpus, progress = Corpus("random", cfg.TOKENIZER, cfg.VOCAB_SIZE, *tokens), loop.Progress()
-    clock = loop.Clock(progress, where, time.perf_counter())
+    progress = loop.Progress()
     try:
-        model = GPT(cfg).to(where)
-        with codec_mode(model, "splice" if cfg.INIT_FROM_STEP else "off"):
-            loop.train(cfg, model, optimizers.build(model, cfg), corpus, folder, {"set": {}, "default": {}},
-                       lambda keep: tracking.MetricsLog(folder, keep), clock, progress, SimpleNamespace(asked=False))
+        rehearse(cfg, where, folder, progress, SimpleNamespace(asked=False), time.perf_counter())
     except loop.Diverged:
         pass  # of memory it says nothing
     except Exception as error:
@@ -101,6 +90,26 @@ def trial(cfg, share: float, folder: Path) -> int | None:
             return None
         raise
     return max(progress.peak_memory_bytes, runtime.peak_memory_bytes(where))
+
+
+def rehearse(cfg, where, folder: Path, progress, stop, begun: float) -> None:
+    """A cell of `cfg` on random tokens, on the device `where`, through the training loop, which keeps its account in
+    `progress`. `begun` is the time.perf_counter() at which it began."""
+    import numpy as np
+
+    from gpt2.kvsplice import codec_mode
+    from gpt2.model import GPT
+    from lib import loop, optimizers, tracking
+    from lib.data import Corpus, Tokens
+
+    random = np.random.default_rng(0)
+    tokens = [Tokens(random.integers(cfg.VOCAB_SIZE, size=TOKENS + cfg.GPT2_BLOCK_SIZE).astype(np.uint16), cfg.VOCAB_SIZE)
+              for _ in range(2)]
+    corpus, clock = Corpus("random", cfg.TOKENIZER, cfg.VOCAB_SIZE, *tokens), loop.Clock(progress, where, begun)
+    model = GPT(cfg).to(where)
+    with codec_mode(model, "splice" if cfg.INIT_FROM_STEP else "off"):
+        loop.train(cfg, model, optimizers.build(model, cfg), corpus, folder, {"set": {}, "default": {}},
+                   lambda keep: tracking.MetricsLog(folder, keep), clock, progress, stop)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -142,7 +151,7 @@ def ensured(plan: Plan, anew: bool = False) -> str:
         config = Path(folder) / ".config"
         config.write_text(expand(study, [study.config.SEED])[0].resolved.text)
         here = child("--device", str(config))
-    share = batch_size.MARGIN / plan.jobs
+    share = batch_size.MARGIN / study.config.CELLS_PER_GPU
     if here["type"] != "cpu":
         print(f"BATCH_SIZE_AUTO: looking for the largest micro-batch on {here['name']}", flush=True)
     batch_size.find(study, plan.out, here, share, in_a_process(share), anew)

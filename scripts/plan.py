@@ -94,7 +94,8 @@ def main() -> None:
         check_data(plan)
         plan = find_micro_batch(plan)
         path = plan.write()  # before the rows: it looks again at what it archives
-    rows = [[cell.name, status.state, "run" if runs else "keep", because(plan, cell, status)]
+    reasons = args.reasons or not args.write  # which look at the disk once more
+    rows = [[cell.name, status.state, "run" if runs else "keep", because(plan, cell, status) if reasons else ""]
             for cell, status, runs in plan.rows()]
     if not args.write:
         print(table(["cell", "state", "make will", "because"], rows), end="")

@@ -16,6 +16,10 @@ settings.load_profile("kablate")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, which the programs under test would inherit
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# An image may have it set. Some hundred processes are started here, and each would compile the same modules anew.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 LONG = ("test_make.py", "test_training.py")  # the files with the longest tests
 
 

@@ -36,10 +36,10 @@ def words(text):
 
 
 GOALS = set(words("""
-run cells plan report fim check data tune-lr browse pack unpack
+run cells plan estimate report slurm slurm-status slurm-cancel fim check data tune-lr browse pack unpack
 menuconfig nconfig oldconfig olddefconfig listnewconfig savedefconfig list-defconfigs list-steps diffconfig
 setup test torture lint claims bench-check bench-overhead bench-stats bench-steps bench-train bench-attention bench-decode
-compile-matrix frontier sample doctor randconfig clean mrproper help
+bench-ranks compile-matrix frontier sample doctor randconfig clean mrproper help
 """))
 
 STATES = {"planned", "running", "interrupted", "stale", "done", "diverged", "failed"}
@@ -47,8 +47,8 @@ STATES = {"planned", "running", "interrupted", "stale", "done", "diverged", "fai
 KEYS = words("""
 format state reason inactive study step optimizer seed identity val_loss val_perplexity best_val_loss train_loss iterations
 tokens train_seconds tokens_per_second budget_progress start_seconds compile_seconds eval_seconds calibration_seconds
-checkpoint_seconds other_seconds resumed parameters sizes kv_cache_bytes kv_cache_parts peak_memory_bytes compression data
-environment configuration started finished checksum
+checkpoint_seconds other_seconds resumed shared_device parameters sizes kv_cache_bytes kv_cache_parts peak_memory_bytes
+compression data environment configuration started finished checksum
 """)
 
 # Symbols of a cell's identity: removing or renaming one, or changing its default, makes finished cells stale.
@@ -77,9 +77,10 @@ WALK_REVERSIBLE WALK_STEPS WALK_WINDOW WEIGHT_DECAY
 """))
 
 OUTSIDE_IDENTITY = set(words("""
-ABLATION_STEPS BASELINE CELL_TIMEOUT CHECKPOINT_INTERVAL CONTROL_STEPS DATA_DIR DATA_LOCAL_DIR DATA_PREPARE_TOKENS DATA_SOURCE
-GPT2_LOG_INTERVAL JOBS MARGIN MAX_SEEDS OPTIMIZERS OUTPUT_DIR SAVE_MODEL SEEDS STOP_SECONDS STUDY TRACKER_NONE TRACKER_PROJECT
-TRACKER_WANDB TUNE_LR
+ABLATION_STEPS BASELINE CELLS_PER_GPU CELL_TIMEOUT CHECKPOINT_INTERVAL CLUSTER_ACCOUNT CLUSTER_GRES CLUSTER_JOBS
+CLUSTER_MINUTES CLUSTER_OPTIONS CLUSTER_PARTITION CLUSTER_QOS CONTROL_STEPS DATA_DIR DATA_LOCAL_DIR
+DATA_PREPARE_TOKENS DATA_SOURCE GPT2_LOG_INTERVAL GPUS_PER_STEP JOBS MARGIN MAX_SEEDS OPTIMIZERS OUTPUT_DIR SAVE_MODEL SEEDS
+STOP_SECONDS STUDY TRACKER_NONE TRACKER_PROJECT TRACKER_WANDB TUNE_LR
 """))
 
 DERIVED = set(words("""

@@ -253,6 +253,8 @@ def _notes(plan, history: list[dict], steps: list[dict], compared: dict[str, Com
             text += (", so all verdicts are by the anytime-valid test; what the first look claimed has spent an error rate of "
                      "its own")
         found.append(text)
+    if beside := _side_by_side(plan):
+        found.append(beside)
     for comparison in compared.values():
         found += [f"{comparison.name} vs {comparison.reference}: {gate}" for gate in comparison.gates[1:]]
     if sweep and all(entry["best"] == 1 for entry in sweep):
@@ -272,6 +274,17 @@ def _notes(plan, history: list[dict], steps: list[dict], compared: dict[str, Com
               "which these seeds do not show" for step in steps
               if step["control"] == "harm" and step["comparison"] and step["comparison"]["word"] == "INCONCLUSIVE"]
     return list(dict.fromkeys(found))
+
+
+def _side_by_side(plan) -> str | None:
+    """Under a time budget, cells that shared a device have trained what their neighbours left them."""
+    timed = [status.record for cell, status in plan.found(plan.common)
+             if status.state == "done" and cell.resolved.config.GPT2_MAX_TIME]
+    beside = sum(record.get("shared_device") is True for record in timed)
+    if not beside:
+        return None
+    return (f"{beside} of {plural(len(timed), 'cell')} ran beside another one on the same device: what a budget of seconds "
+            "trained there depended on the neighbour (CELLS_PER_GPU=1 or JOBS=1 gives each its own)")
 
 
 def control_failure(name: str, control: str | None, comparison: Comparison | None) -> str | None:

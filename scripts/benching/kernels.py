@@ -11,11 +11,13 @@ import torch
 
 from lib.tables import table
 
+REDUCTION = "between GPUs"  # while it runs, the same GPU may compute
 CLASSES = ("matmul", "attention forward", "attention backward", "cross-entropy, softmax", "LayerNorm", "GELU", "elementwise",
-           "optimizer, clipping", "copies", "other")
+           "optimizer, clipping", "copies", "other", REDUCTION)
 # The first pattern that is found in a name, in lower case, decides. Attention before matmul: its kernels are built of the same
 # libraries (cutlass, cuDNN).
 NAMED = (
+    (r"^nccl", REDUCTION),
     (r"(flash|fmha|sdpa|attention|attn).*(bwd|bprop|backward|cutlassb)|compute_dot_do_o|convert_dq", "attention backward"),
     (r"flash|fmha|sdpa|attention|attn", "attention forward"),
     (r"multi_tensor_apply|adam|foreach|lpnorm", "optimizer, clipping"),
@@ -37,6 +39,7 @@ TRITON = re.compile(r"triton_(?:poi|per|red|for|split_scan|mix_order_reduction)\
 # Operations that move numbers and compute none.
 MOVING = re.compile(r"(_to_copy|_unsafe_view|view|clone|copy_?|cat|split_with_sizes|split|slice|select|transpose|permute|"
                     r"expand|unsqueeze|squeeze|constant_pad_nd|t|_)+")
+NONE = {"ms": 0.0, "launches": 0.0}
 LARGEST = 12  # kernels listed by name
 
 
@@ -58,7 +61,7 @@ def kernel_class(name: str) -> str:
 def tally(kernels: list[tuple[str, float]], steps: int) -> dict:
     """Of (name, microseconds) of every kernel that ran in `steps` steps: milliseconds and launches of a step, in all and by
     class, and the largest kernels by name."""
-    classes = {name: {"ms": 0.0, "launches": 0.0} for name in CLASSES}
+    classes = {name: dict(NONE) for name in CLASSES}
     names: dict[str, float] = {}
     for name, microseconds in kernels:
         found = classes[kernel_class(name)]
@@ -91,8 +94,9 @@ def kernels_of(events) -> list[tuple[str, float]]:
 
 
 def by_class(profiles: dict[str, dict]) -> str:
-    """Markdown: milliseconds of kernels a step by class, a column for each named profile."""
-    columns = [[f"{found['classes'][name]['ms']:.2f}" for name in CLASSES] + [f"{found['ms']:.2f}", f"{found['launches']:.0f}"]
-               for found in profiles.values()]
-    rows = zip([*CLASSES, "all kernels", "launches a step"], *columns, strict=True)
+    """Markdown: milliseconds of kernels a step by class, a column for each named profile; only classes with a kernel."""
+    classes = [name for name in CLASSES if any(found["classes"].get(name, NONE)["launches"] for found in profiles.values())]
+    columns = [[f"{found['classes'].get(name, NONE)['ms']:.2f}" for name in classes]
+               + [f"{found['ms']:.2f}", f"{found['launches']:.0f}"] for found in profiles.values()]
+    rows = zip([*classes, "all kernels", "launches a step"], *columns, strict=True)
     return table(["kernels, ms a step", *profiles], [list(row) for row in rows], "l" + "r" * len(profiles))

@@ -31,7 +31,8 @@ STUDY = {"MODEL_TINY": "y", "DATA_PYSTDLIB": "y", "GPT2_BLOCK_SIZE": "32", "BATC
 # What studies here differ in.
 OF_THE_SETTING = ("OUTPUT_DIR", "DATA_LOCAL_DIR", "CHECKPOINT_INTERVAL", "ABLATION_STEPS", "SEEDS", "JOBS", "CELL_TIMEOUT",
                   "STOP_SECONDS")
-OF_THE_MOMENT = ("resumed", "peak_memory_bytes", "tokens_per_second", "started", "finished", "checksum")  # and all *_seconds
+OF_THE_MOMENT = ("resumed", "shared_device", "peak_memory_bytes", "tokens_per_second", "started", "finished",
+                 "checksum")  # and all *_seconds
 OF_THE_MOMENT_IN_ROWS = ("forward_time_ms", "steps_per_second", *OF_THE_MOMENT)
 QUIET_SECONDS = 60.0  # within which everything has ended once make has; a cell finishes its step and saves
 MAKE_SECONDS = 600.0

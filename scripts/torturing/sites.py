@@ -6,8 +6,11 @@ itself is what it was before, or absent; so is everything else of value; no temp
 goal succeeds, and ends as where nothing disturbed it.
 """
 
+import importlib.util
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +57,19 @@ TOKENS = """class Encoding:
 def get_encoding(name):
     return Encoding()
 """
+# sbatch and squeue on a file of what squeue prints; scancel and srun are never needed.
+SLURM = """#!{python}
+import re, sys
+from pathlib import Path
+jobs = Path(__file__).with_name("jobs")
+lines = jobs.read_text().splitlines() if jobs.exists() else []
+if sys.argv[0].endswith("sbatch"):
+    comment, = re.findall("#SBATCH --comment=(.*)", Path(sys.argv[1]).read_text())
+    jobs.write_text("\\n".join([*lines, f"{{len(lines) + 1}}|N/A|PENDING||None|{{comment}}"]))
+    print("Submitted batch job", len(lines) + 1)
+elif sys.argv[0].endswith("squeue"):
+    print(*lines, sep="\\n")
+"""
 
 
 def cases(arena: Arena, reference: Reference):
@@ -61,7 +77,10 @@ def cases(arena: Arena, reference: Reference):
     own = {"full at each file of a study": of_a_study, "full while a stale cell is archived": archived,
            "full while a micro-batch is kept": micro_batch, "full at each file of the report": of_a_report,
            "full while cells are packed and unpacked": packed, "full while data are prepared": of_the_data,
-           "full while .config is written": of_the_configuration, "read-only while a cell trains": read_only_within}
+           "full while .config is written": of_the_configuration, "full while cells are submitted": submitted,
+           "read-only while a cell trains": read_only_within}
+    if importlib.util.find_spec("submitit") is None:
+        own.pop("full while cells are submitted")
     for name, function in own.items():
         yield name, lambda function=function: function(arena, reference)
 
@@ -285,6 +304,27 @@ def of_the_configuration(arena: Arena, reference: Reference) -> str:
         tried.undisturbed(lambda: study.make("defconfig-gpt2-ra-ablation+tiny"))
         tried.undisturbed(lambda: study.make("plan"))
     return f"{tried.met} times refused, .config as before; with room it is written"
+
+
+def submitted(arena: Arena, reference: Reference) -> str:
+    """What make slurm has on record before Slurm has the job, with a stand-in for Slurm's tools."""
+    tools = arena.root / "slurm"
+    tools.mkdir()
+    for name in ("sbatch", "squeue", "scancel", "srun"):
+        (tools / name).write_text(SLURM.format(python=sys.executable))
+        (tools / name).chmod(0o755)
+    with Trapped(arena, "submitted", variables={"PATH": f"{tools}:{os.environ['PATH']}"}) as tried:
+        study, slurm = tried.study, tried.study.out / "slurm"
+        for event, file in (("os.mkdir", "out/slurm"), ("open", "out/slurm/.lock"), ("open", "out/slurm/*.json")):
+            tried.strike(file, lambda: study.make("slurm"), event)
+            if (tools / "jobs").exists():
+                raise Failed(f"{file}: a job that is not on record was submitted")
+        tried.undisturbed(lambda: study.make("slurm"))
+        code, said = study.make("slurm")
+        jobs, records = (tools / "jobs").read_text().splitlines(), list(slurm.glob("*.json"))
+        if code or len(jobs) != 2 or len(records) != 2 or "0 of 1 cells to submit, 1 are in the queue" not in said:
+            raise Failed(f"{len(jobs)} jobs and {len(records)} records of a cell and its report: {last_lines(said)}")
+    return f"{tried.met} times refused before Slurm is asked; with room the cell and the report are submitted once"
 
 
 def read_only_within(arena: Arena, reference: Reference) -> str:

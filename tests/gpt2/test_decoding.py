@@ -42,8 +42,9 @@ def test_any_prefix_and_any_chunks_give_the_full_forward(step):
     model = built(step)
     x = torch.randint(256, (4, T), generator=torch.Generator().manual_seed(2))
     full = model(x)[0]
-    for batch, prefixes in ((1, range(1, T)), (4, range(1, T, 7))):
-        for pieces in [*((p, T - p) for p in prefixes), 1, 3, 17]:
+    several = [(p, 1, T - p - 1) for p in range(1, T, 7)]  # a single token among them, as in decoding
+    for batch, cuts in ((1, [*((p, T - p) for p in range(1, T)), 1, 3, 17]), (4, [*several, 3, 17])):
+        for pieces in cuts:
             cache = model.new_cache(batch)
             found = torch.cat([model(part, cache=cache)[0] for part in x[:batch].split(pieces, 1)], 1)
             torch.testing.assert_close(found, full[:batch], rtol=0, atol=1e-5, msg=lambda m, at=pieces: f"{at}: {m}")

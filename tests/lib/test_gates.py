@@ -107,6 +107,30 @@ def test_without_pairs_or_under_a_time_budget_the_machine_must_be_one():
     assert broken(arm, reference)[0].startswith("device differs")
 
 
+def timed(*shared):
+    """An arm and a reference under a budget of seconds, whose seeds had company or not."""
+    both = arms()
+    for one, values in zip(both, shared, strict=True):
+        for seed, value in zip((1, 2, 3), values, strict=True):
+            one[seed] |= {"shared_device": value}
+            one[seed]["configuration"] = one[seed]["configuration"] | {"GPT2_MAX_ITERS": 0, "GPT2_MAX_TIME": 60}
+    return both
+
+
+@pytest.mark.parametrize("arm, reference, expected", [
+    ((False, True, True), (False, False, False),
+     ["sharing of the device differs: V1 seed 2 ran beside another cell, V1 seed 1 alone"]),
+    ((True, True, True), (True, True, False),
+     ["sharing of the device differs: V1 seed 1 ran beside another cell, V0 seed 3 alone"]),
+    ((True,) * 3, (True,) * 3, []), ((None, True, True), (True, None, True), []), ((False,) * 3, (None,) * 3, [])])
+def test_under_a_time_budget_all_share_their_device_or_none(arm, reference, expected):
+    assert broken(*timed(arm, reference)) == expected
+
+
+def test_another_budget_does_not_care_who_ran_beside_a_cell():
+    assert broken(*arms(shared_device=True)) == []
+
+
 def test_a_module_that_only_one_arm_knows_changes_nothing():
     arm, reference = arms()
     for one in arm.values():

@@ -64,6 +64,13 @@ def begun(tmp_path, program, **limits) -> tuple[subprocess.Popen, int]:
     return launcher, int(started.read_text())
 
 
+def waiting(tmp_path, program, variables=()) -> tuple[subprocess.Popen, str]:
+    """A second launcher that waits for the cell, and what it says of that."""
+    second = subprocess.Popen(plan(tmp_path, program), cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                              env=os.environ | dict(variables))
+    return second, second.stdout.readline()
+
+
 def wait_for(condition, seconds=30):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -73,6 +80,7 @@ def wait_for(condition, seconds=30):
 
 IN_TREE = "sys.path.insert(0, os.getcwd())\nfrom lib import process"
 SIGNED = "open(folder + '/started', 'a').write(f'{os.getpid()}\\n')"  # the last line of what a cell prepares
+UNTIL_RELEASED = "[time.sleep(0.02) for _ in range(1500) if not os.path.exists(folder + '/release')]"  # by the test
 
 
 @pytest.mark.parametrize("program, reason", [
@@ -124,11 +132,12 @@ def test_a_failed_cell_is_run_again_only_where_it_was_planned_so(tmp_path, argum
 
 
 def test_two_launchers_never_run_one_cell_twice(tmp_path):
-    command = plan(tmp_path, "open(folder + '/ran', 'a').write('x'); time.sleep(4); sys.exit(3)")
+    command = plan(tmp_path, f"open(folder + '/ran', 'a').write('x'); {UNTIL_RELEASED}; sys.exit(3)")
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not (tmp_path / "cell/ran").exists():
-        time.sleep(0.05)
+    wait_for(lambda: (tmp_path / "cell/ran").exists())
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert first.poll() is None
+    (tmp_path / "cell/release").touch()
     first.wait()
     assert "another make is running it" in second.stdout and (tmp_path / "cell/ran").read_text() == "x"
 
@@ -136,14 +145,15 @@ def test_two_launchers_never_run_one_cell_twice(tmp_path):
 @pytest.mark.parametrize("number, pause, ended_by", [
     (signal.SIGTERM, 0.1, "grace"), (signal.SIGTERM, 2.5, "kill"), (signal.SIGINT, 0.1, "grace"), (signal.SIGINT, 0.8, "kill")])
 def test_one_stop_that_arrives_twice_is_one_and_a_later_one_kills(tmp_path, number, pause, ended_by):
-    """A cell that takes 4 s to save after SIGTERM; helpers of its group are not signalled before it is done."""
+    """A cell that takes 1 s, or longer than the test, to save after SIGTERM; helpers of its group are not signalled before it
+    is done."""
+    seconds = 1 if ended_by == "grace" else 30
     program = ("import subprocess\nhelper = subprocess.Popen(['sleep', '60'])\nasked = []\n"
                "signal.signal(signal.SIGTERM, lambda *_: asked.append(1))\nopen(folder + '/up', 'w')\n"
-               "while not asked: time.sleep(0.05)\ntime.sleep(4)\n"
+               f"while not asked: time.sleep(0.05)\ntime.sleep({seconds})\n"
                "open(folder + '/saved', 'w').write(str(helper.poll()))\nsys.exit(75)")
     launcher = subprocess.Popen(plan(tmp_path, program), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    while not (tmp_path / "cell/up").exists():
-        time.sleep(0.05)
+    wait_for(lambda: (tmp_path / "cell/up").exists())
     launcher.send_signal(number)
     time.sleep(pause)
     launcher.send_signal(number)
@@ -323,7 +333,7 @@ def test_a_cell_that_outlives_its_launcher_is_not_started_a_second_time(tmp_path
 
 
 SAVES = f"""def saves(*_):
-    time.sleep(4)
+    {UNTIL_RELEASED}
     open(folder + '/saved', 'w')
     sys.exit(75)
 signal.signal(signal.SIGTERM, saves)
@@ -337,8 +347,10 @@ def test_a_cell_that_still_saves_is_waited_for_and_then_goes_on(tmp_path):
     launcher, _ = begun(tmp_path, SAVES)
     launcher.kill()
     launcher.wait()
-    done = launch(tmp_path, "assert os.path.exists(folder + '/saved')\nsys.exit(75)")
-    assert "its last process still stops, which may take 1 min" in done.stdout and "interrupted after" in done.stdout
+    second, said = waiting(tmp_path, "assert os.path.exists(folder + '/saved')\nsys.exit(75)")
+    (tmp_path / "cell/release").touch()
+    assert "its last process still stops, which may take 1 min" in said
+    assert "interrupted after" in second.communicate(timeout=30)[0]
 
 
 def test_who_waits_for_a_cell_does_not_run_one_that_has_failed_meanwhile(tmp_path):
@@ -346,8 +358,9 @@ def test_who_waits_for_a_cell_does_not_run_one_that_has_failed_meanwhile(tmp_pat
     launcher, cell = begun(tmp_path, SAVES.replace("sys.exit(75)", "sys.exit(3)"))
     launcher.send_signal(signal.SIGTERM)
     time.sleep(0.5)
-    done = launch(tmp_path, f"{SIGNED}\nsys.exit(75)")
-    assert "still stops" in done.stdout and "another make has finished it meanwhile" in done.stdout
+    second, said = waiting(tmp_path, f"{SIGNED}\nsys.exit(75)")
+    (tmp_path / "cell/release").touch()
+    assert "still stops" in said and "another make has finished it meanwhile" in second.communicate(timeout=30)[0]
     launcher.communicate(timeout=30)
     assert results.read(tmp_path / "cell")["state"] == "failed" and (tmp_path / "cell/started").read_text() == f"{cell}\n"
 
@@ -356,13 +369,14 @@ def test_who_waits_for_a_cell_ends_with_its_make(tmp_path):
     launcher, cell = begun(tmp_path, f"{SIGNED}\ntime.sleep(60)")
     launcher.kill()
     launcher.wait()
-    make = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3)"])
+    make = subprocess.Popen(["sleep", "60"])
     try:
-        before = time.monotonic()
-        done = launch(tmp_path, "sys.exit(75)", variables={process.MAKE_VARIABLE: str(make.pid)})
-        assert "has not stopped" in done.stdout and time.monotonic() - before < 20
-    finally:
+        second, _ = waiting(tmp_path, "sys.exit(75)", {process.MAKE_VARIABLE: str(make.pid)})
+        make.kill()
         make.wait()
+        assert "has not stopped" in second.communicate(timeout=20)[0]
+    finally:
+        make.kill()
         os.kill(cell, signal.SIGKILL)
 
 
@@ -384,7 +398,7 @@ def test_a_launcher_that_breaks_takes_its_cell_with_it(tmp_path, monkeypatch):
             raise BrokenPipeError
     monkeypatch.setattr(Display, "update", update)
     with pytest.raises(BrokenPipeError):
-        run_planned(tmp_path, f"{IN_TREE}\n{SAVES}".replace("time.sleep(4)", "time.sleep(1)"))
+        run_planned(tmp_path, f"{IN_TREE}\n{SAVES}".replace(UNTIL_RELEASED, "time.sleep(1)"))
     assert (tmp_path / "cell/saved").exists() and not alive(int((tmp_path / "cell/started").read_text()))
 
 

@@ -13,8 +13,9 @@ UNTIL = Options(until="decided", max_seeds="6")
 @pytest.fixture
 def study(dotconfig, tmp_path):
     """study("3"): configures V0, V1 with these seeds, results in `out`."""
-    def configure(seeds="3", *assignments):
-        dotconfig(*TINY, "SEED=1", 'ABLATION_STEPS="V0 V1"', f'SEEDS="{seeds}"', f'OUTPUT_DIR="{tmp_path}/out"', *assignments)
+    def configure(seeds="3", *assignments, device=TINY[3]):
+        dotconfig(*TINY[:3], device, "SEED=1", 'ABLATION_STEPS="V0 V1"', f'SEEDS="{seeds}"',
+                  f'OUTPUT_DIR="{tmp_path}/out"', *assignments)
         return tmp_path / "out"
     return configure
 
@@ -161,6 +162,14 @@ def test_cells_whose_budget_is_seconds_run_one_at_a_time(study, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
     study("3", "CPU_THREADS=1")
     assert Plan(Options()).jobs == 4 and Plan(Options(time="60")).jobs == 1 and Plan(Options(time="60", jobs="2")).jobs == 2
+
+
+@pytest.mark.parametrize("configured, expected", [
+    ((), 1), (("CELLS_PER_GPU=3",), 12), (("GPUS_PER_STEP=2",), 2), (("GPUS_PER_STEP=1", "JOBS=3"), 3)])
+def test_cells_side_by_side_on_gpus(study, monkeypatch, configured, expected):
+    monkeypatch.setattr("lib.slots.gpus", lambda: list("abcd"))
+    study("3", *configured, device="DEVICE_AUTO=y")
+    assert Plan(Options()).jobs == expected
 
 
 def test_jobs_that_are_no_number_are_refused(study):

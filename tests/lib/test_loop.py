@@ -331,11 +331,11 @@ def test_evaluation_is_compiled_off_all_other_clocks_when_it_is_first_needed(tmp
     """At once after every change of the program, and not at all after one that ends before the next evaluation."""
     model, calls = listening(1, 4), []
 
-    def slow(cfg, model, eval_set, device, real=loop.evaluate):
+    def slow(cfg, model, eval_set, device, *rest, real=loop.evaluate):
         batches = list(eval_set)
         calls.append((len(model.layer[0].told), len(batches)))
         time.sleep(0.2)
-        return real(cfg, model, batches, device)
+        return real(cfg, model, batches, device, *rest)
 
     WarmUps(monkeypatch, model)
     monkeypatch.setattr(loop, "evaluate", slow)

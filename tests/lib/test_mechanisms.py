@@ -1,5 +1,7 @@
 """What modules may offer the loop, asked without one; how the loop uses it is in test_loop.py."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -130,6 +132,14 @@ def test_a_statistic_without_heads_is_logged_under_its_own_name_as_the_mean_over
     assert found == {"p": 0.5, "w_mean": 2.0, "w_min": 1.0, "w_max": 3.0, "w_std": 1.0}
     found = statistics(True, h_0_attn=Fixed(p=1.0), h_1_attn=Fixed(p=0.0))
     assert found == {"p": 0.5, "p/layer0": 1.0, "p/layer1": 0.0}
+
+
+def test_statistics_are_the_mean_over_ranks():
+    """Here of this one and of another, whose numbers are three times as large."""
+    group = SimpleNamespace(mean=lambda values: values.add_(3 * values).div_(2))
+    parts = model(h_0_attn=Fixed(p=1.0, w=[1.0, 3.0]), h_1_attn=Fixed(p=0.0, w=[5.0]))
+    found = Mechanisms(parts, group).statistics(by_layer=True)
+    assert (found["p"], found["w_mean"], found["w_max"], found["w/layer1"]) == (1.0, 6.0, 10.0, 10.0)
 
 
 def test_statistics_of_several_types_are_floats_without_a_graph():

@@ -17,7 +17,7 @@ from lib.launch import prepare
 from lib.paths import ROOT
 from lib.plan import Options, Plan
 from scripts.plan import options_from_environment
-from tests.harness import TINY, copy_tree, finish, refusal, replace, run, set_default, snapshot
+from tests.harness import TINY, copy_tree, finish, finish_each, refusal, replace, run, run_here, set_default, snapshot
 
 STEPS = "V0 V1 V2 V3 V4 V5 V6"
 SEEDS = " ".join(map(str, range(1000, 1143)))
@@ -48,7 +48,7 @@ class Finished:
         self.configure()
         cells = expand(Study(config=self.config))
         assert len(cells) == CELLS
-        finish(self.out, *cells, prepared=False)
+        finish_each(self.out, cells)
         self.proof = self.cells()
 
     def configure(self, *assignments, seeds=SEEDS, steps=STEPS):
@@ -87,6 +87,24 @@ def test_nothing_to_run_and_quickly(thousand, capsys):
         print(f"[no-op plan over {CELLS} finished cells: {seconds:.2f} s]", end="")
     assert found == [] and {s.state for _, s, _ in plan.rows()} == {"done"} and seconds < 10
     assert plan.out == thousand.out and "CELLS :=\n" in (thousand.out / "cells.mk").read_text()
+
+
+def test_make_has_nothing_to_do_quickly(thousand, monkeypatch, capsys):
+    """Its two programs, planning and reporting, as make runs them; pictures of what has not changed are not drawn again, and
+    what Python takes to start and to import is not the study's."""
+    from lib.report import files
+
+    drawn = []
+    monkeypatch.setattr(files, "_write_pictures", lambda out, content: drawn.append(content))
+    run_here("-m", "scripts.report", "--help")  # imports
+    begun = time.process_time()
+    planned, reported = run_here("-m", "scripts.plan", "--write"), run_here("-m", "scripts.report")
+    seconds = time.process_time() - begun
+    with capsys.disabled():
+        print(f"[no-op make over {CELLS} finished cells: {seconds:.2f} s]", end="")
+    assert f"nothing to run, {CELLS} cells" in planned.stderr and reported.returncode == 0 and seconds < 10
+    compared = [step["comparison"] for step in drawn[0]["steps"] if step["comparison"]]
+    assert len(compared) == 6 and all(c["n"] == 143 and c["p_sign_flip"] is not None for c in compared)
 
 
 def test_an_override_gets_its_own_folder_and_leaves_no_trace(thousand, monkeypatch):

@@ -111,7 +111,7 @@ def test_make_finds_it_before_the_first_cell_and_never_again(tree):
 
 
 def test_cells_side_by_side_share_the_memory_and_what_is_kept_is_not_tried_again(tree):
-    configure(tree, "JOBS=2", 'STUDY="pair"')
+    configure(tree, "CELLS_PER_GPU=2", 'STUDY="pair"')
     options = {"tree": tree, "KCONFIG_CONFIG": "dot.config", "KABLATE_OUT": "pair"}
     done = run("scripts.plan", "--write", **options)
     assert Path(done.stdout.strip()).read_text() == (tree / "pair/cells.mk").read_text()

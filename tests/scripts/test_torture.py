@@ -477,15 +477,17 @@ sys.exit(f"error: {{path}} cannot be written: File too large.")
 
 # Modules that write what a person would miss; each write has a case in sites.py or disk.py, or says here why it has none.
 WRITERS = {
-    "lib/batch_size.py", "lib/bundle.py", "lib/checkpoint.py", "lib/data/shards.py", "lib/design.py", "lib/generations.py",
+    "lib/batch_size.py", "lib/bundle.py", "lib/checkpoint.py", "lib/cluster.py", "lib/data/shards.py", "lib/design.py",
+    "lib/generations.py",
     "lib/launch.py", "lib/loop.py", "lib/makefile.py", "lib/report/files.py", "lib/results.py", "lib/tracking.py",
     "gpt2/kvsplice.py", "gpt2/splicing.py", "gpt2/train_ra_mla.py", "scripts/browse.py", "scripts/fim.py", "scripts/kconfig.py",
     "scripts/report.py",
     "lib/report/page.py",  # a cache, which does without
     "scripts/claims.py",  # a page of the sources themselves
-    "scripts/bench_attention.py", "scripts/bench_decode.py", "scripts/bench_steps.py", "scripts/bench_train.py",
-    "scripts/compile_matrix.py", "scripts/frontier.py",  # a table that was printed as well
+    "scripts/bench_attention.py", "scripts/bench_decode.py", "scripts/bench_ranks.py", "scripts/bench_steps.py",
+    "scripts/bench_train.py", "scripts/compile_matrix.py", "scripts/frontier.py",  # a table that was printed as well
     "scripts/torturing/evidence.py",
+    "scripts/slurm_box.py",  # the configuration of a Slurm that is there for one trial
 }
 
 

@@ -172,6 +172,18 @@ def test_a_step_whose_mechanism_never_acted_is_invalid(study, tmp_path):
     assert "mechanism never active: V1 seed 3: h.0.attn: the coupling" in steps(found)["V1"]["comparison"]["sentence"]
 
 
+@pytest.mark.parametrize("budget, beside, said", [
+    ("GPT2_MAX_TIME=60", (True, True, None), 2), ("GPT2_MAX_TIME=60", (False, False, None), 0),
+    ("GPT2_MAX_ITERS=60", (True, True, True), 0)])
+def test_company_under_a_budget_of_seconds_is_said(study, tmp_path, monkeypatch, budget, beside, said):
+    monkeypatch.setenv(*budget.split("="))
+    plan = study("V0", write=False)
+    for cell, shared in zip(expand(plan.study), beside, strict=True):
+        finish(plan.out, cell, val_loss=3 + cell.seed / 100, shared_device=shared)
+    notes = [note for note in content(Plan(Options()))["notes"] if "beside another one" in note]
+    assert [note.split(" ran")[0] for note in notes] == ([f"{said} of 3 cells"] if said else [])
+
+
 def test_a_report_changes_nothing(study, tmp_path):
     plan = study(V0=V0, V1=BELOW)
     before = snapshot(tmp_path / "out")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lib.report import index, page
-from tests.harness import ROOT
+from tests.harness import ROOT, run_here
 from tests.lib.report import made_up
 
 pytest.importorskip("jinja2", reason="jinja2 is not installed")
@@ -177,17 +177,15 @@ def test_a_taken_port_gives_the_next_one(studies):
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "-1", "http", "8e3", "999999999999", "\u0661\u0662"])
-def test_a_bad_port_is_refused(studies, port):
-    process = browse(studies, port=port)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert err == f"error: PORT='{port}' is not a port from 1 to 65535.\n  try: make browse PORT=8000.\n"
+def test_a_bad_port_is_refused(studies, port, monkeypatch):
+    monkeypatch.setenv("PORT", port)
+    done = run_here("-m", "scripts.browse", studies)
+    assert done.returncode == 2
+    assert done.stderr == f"error: PORT='{port}' is not a port from 1 to 65535.\n  try: make browse PORT=8000.\n"
 
 
 def test_no_serve_only_writes(studies):
-    process = browse(studies, "--no-serve")
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (0, "") and out == f"written to {studies / 'index.html'}\n"
-    process = browse(studies / "absent")
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and "there is no folder" in err
+    done = run_here("-m", "scripts.browse", "--no-serve", studies)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout == f"written to {studies / 'index.html'}\n"
+    done = run_here("-m", "scripts.browse", studies / "absent")
+    assert done.returncode == 2 and "there is no folder" in done.stderr

@@ -39,7 +39,8 @@ NAMES = {
         "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<LpNormFunctor<float, NormType::L2>>(...)"],
     "copies": ["triton_poi_fused__to_copy_12", "triton_poi_fused__to_copy_t_view_1", "Memcpy HtoD (Pinned -> Device)",
                "Memset (Device)", "void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda(at::TensorIterator&)>"],
-    "other": ["void cub::DeviceScanKernel<...>", "ncclDevKernel_AllReduce_Sum_bf16_RING_LL"],
+    "other": ["void cub::DeviceScanKernel<...>"],
+    kernels.REDUCTION: ["ncclDevKernel_AllReduce_Sum_bf16_RING_LL"],
 }
 
 
