@@ -42,7 +42,7 @@ class GPT(nn.Module):
         self.block_size, self.vocab_size = cfg.GPT2_BLOCK_SIZE, cfg.VOCAB_SIZE
         self.loss_chunks = cfg.LOSS_CHUNKS
         self.residual_bf16 = cfg.RESIDUAL_BF16
-        self.recompute = cfg.GPT2_RECOMPUTE
+        self.recompute, self.draws = cfg.GPT2_RECOMPUTE, float(cfg.GPT2_DROPOUT) > 0
         if self.recompute:
             allow_in_programs()
         self.cache_dtype = getattr(torch, cfg.KV_CACHE_DTYPE) if cfg.KV_CACHE_DTYPE else None  # None: that of the weights
@@ -83,7 +83,8 @@ class GPT(nn.Module):
         context = Context(x)
         recompute = self.recompute and self.training and not cache and torch.is_grad_enabled()
         for number, block in enumerate(self.transformer.h):
-            x = recomputed(block, x, context) if recompute else block(x, cache.layers[number] if cache else None, context)
+            x = (recomputed(block, x, context, self.draws) if recompute
+                 else block(x, cache.layers[number] if cache else None, context))
         if cache:
             cache.length += T
         return self.finish(x[:, -1:] if last else x, targets)

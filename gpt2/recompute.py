@@ -25,10 +25,12 @@ def allow_in_programs() -> None:
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
 
 
-def recomputed(block, x, context: Context):
-    """block(x) [B, T, n_embd] in training, without a cache; `context` is that of the pass."""
+def recomputed(block, x, context: Context, draws: bool):
+    """block(x) [B, T, n_embd] in training, without a cache; `context` is that of the pass. `draws` says whether the block draws
+    random numbers (dropout): a state of the generators that is kept cannot be part of a CUDA graph."""
     run = _run if torch.compiler.is_compiling() else _leaving_no_second_trace()
-    x, context.handed = checkpoint(run, block, x, context.embedding, context.handed, use_reentrant=False)
+    x, context.handed = checkpoint(run, block, x, context.embedding, context.handed, use_reentrant=False,
+                                   preserve_rng_state=draws)
     return x
 
 

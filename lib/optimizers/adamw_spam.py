@@ -24,6 +24,7 @@ import torch
 REWARM_START = 0.01  # of the learning rate; the authors' code starts its re-warm-up at the same 1 %
 CPU_BATCH = 1 << 18  # entries: the arrays of a batch stay in the cache, measured best on two threads and on one
 GPU_BATCH = 1 << 25  # entries: few launches, and under 0.5 GB for the temporaries of a batch
+LARGE = 1 << 16  # entries: what smaller tensors take together is a launch or two
 TINY = 1e-36  # see clip_spikes
 
 
@@ -45,6 +46,25 @@ def clip_spikes(grads: list, seconds: list, theta: float, correction: float) -> 
     An entry with v = 0 never had a gradient, so there is nothing its first one could be a spike against, and clipping
     it to 0 would keep it at 0 until the next reset.
     """
+    large = [_is_large(grad, second) for grad, second in zip(grads, seconds, strict=True)]
+    if not any(large):
+        return _by_operations(grads, seconds, theta, correction)
+    from lib.optimizers import spike_kernel  # Triton comes with the builds of torch that know a GPU
+
+    small = [pair for pair, is_large in zip(zip(grads, seconds, strict=True), large, strict=True) if not is_large]
+    rest = iter(_by_operations(*map(list, zip(*small, strict=True)), theta, correction) if small else ())
+    factor = math.sqrt(theta / correction)
+    return [spike_kernel.clip(grad, second, factor, TINY) if is_large else next(rest)
+            for grad, second, is_large in zip(grads, seconds, large, strict=True)]
+
+
+def _is_large(grad, second) -> bool:
+    """Whether a kernel of its own is worth its launch."""
+    return (grad.is_cuda and grad.numel() >= LARGE and grad.dtype == second.dtype == torch.float32
+            and grad.is_contiguous() and second.is_contiguous())
+
+
+def _by_operations(grads: list, seconds: list, theta: float, correction: float) -> list:
     limits = torch._foreach_sqrt(seconds)
     torch._foreach_mul_(limits, math.sqrt(theta / correction))
     # Adds infinity where the limit is 0 and less than a rounding error where it is above 1e-14: no mask, no branch.

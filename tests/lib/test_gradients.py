@@ -87,10 +87,12 @@ def test_a_step_after_clip_is_one_after_clip_grad_norm(limit, device):
 
 
 @needs_gpu
-@pytest.mark.parametrize("step", ["V0", "V5", "M1", "RALEARN0", "RT1", "V14", "W1"])
-def test_replayed_steps_are_the_plain_ones(step):
+@pytest.mark.parametrize("step, recompute", [(step, False) for step in ("V0", "V5", "M1", "RALEARN0", "RT1", "V14", "W1")]
+                         + [("V0", True), ("RT1", True)])
+def test_replayed_steps_are_the_plain_ones(step, recompute):
     """Losses, gradients and buffers, with dropout and accumulation, over steps that differ in batch and seed."""
-    cfg, model, batches = example("cuda", step, GPT2_DROPOUT=0.0 if step == "V14" else 0.1)
+    cfg, model, batches = example("cuda", step, GPT2_DROPOUT=0.0 if step == "V14" or recompute else 0.1,
+                                  GPT2_RECOMPUTE=recompute)
     device = torch.device("cuda")
     plain = gradients.Gradient(cfg, model, Mechanisms(model), device, 2)
     start = {name: t.clone() for name, t in model.state_dict().items()}

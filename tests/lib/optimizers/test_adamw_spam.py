@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.optimizers import build
-from lib.optimizers.adamw_spam import AdamWSPAM, clip_spikes, rewarm_factor
+from lib.optimizers.adamw_spam import LARGE, AdamWSPAM, _by_operations, clip_spikes, rewarm_factor
 from tests.gpu import DEVICES, needs_gpu
 from tests.lib.optimizers.toy import config, gradient, toy, train
 
@@ -68,6 +68,23 @@ def test_clip_invariant(entries, seconds, theta, updates):
     assert torch.equal(clipped[inside & seen], g[inside & seen]), "no spike, no change"
     torch.testing.assert_close(clipped[spike & seen].double(), (g.sign() * limit)[spike & seen], rtol=1e-5, atol=0)
     assert torch.equal(clipped[v == 0], g[v == 0]), "no history, no spike"
+
+
+@needs_gpu
+def test_the_kernel_for_large_tensors_gives_the_same_numbers():
+    """Also of tensors whose size is no multiple of anything, among small ones, with spikes, without a history, and with NaN."""
+    made = torch.Generator("cuda").manual_seed(0)
+    sizes = (LARGE + 3, 5, 3 * LARGE, LARGE - 1, 70001)
+    grads = [torch.randn(n, device="cuda", generator=made) for n in sizes]
+    seconds = [torch.rand(n, device="cuda", generator=made).pow(6) for n in sizes]
+    for grad, second in zip(grads, seconds, strict=True):
+        second[:3] = 0
+        grad[4] = math.nan
+    clipped = clip_spikes(grads, seconds, 4.0, 0.3)
+    plain = _by_operations(grads, seconds, 4.0, 0.3)
+    for one, other, grad in zip(clipped, plain, grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=3e-7, atol=0, equal_nan=True)
+        assert 0.1 < (one == grad).float().mean() < 0.9 or grad.numel() == 5
 
 
 def test_spike_is_clipped_to_the_bias_corrected_scale():
