@@ -38,7 +38,7 @@ import os, sys, time
 from lib import process
 process.die_with_launcher()
 process.show_life()
-print(os.getpid(), flush=True)
+os.write(1, f"{os.getpid()}\\n".encode())  # in one piece: ranks share the pipe
 time.sleep(60)
 """
 
