@@ -143,7 +143,7 @@ def run_cell(folder: Path) -> int:
     gc.disable()
     provenance = read_provenance(folder)
     cfg = planned_configuration(folder, provenance["identity"])
-    if (size := agent.wanted(cfg)) > 1 or agent.hosts() > 1 and not ranks.one_process(cfg):
+    if (size := agent.wanted(cfg)) > 1 or agent.elsewhere(cfg):
         return agent.run([sys.executable, str(ROOT / "gpt2/train_ra_mla.py"), "--cell", str(folder)], size)
     if ranks.number() and ranks.one_process(cfg):
         return 0  # the first rank does it alone

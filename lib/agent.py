@@ -25,6 +25,8 @@ from pathlib import Path
 from lib import process, ranks
 from lib.errors import EXIT_BAD_INPUT, UserError
 
+# What a rank raises that has lost another.
+LOST = re.compile(r"gloo|NCCL|DistBackendError|DistNetworkError|Connection (?:closed|reset)|Broken pipe")
 SAID_BY_STATUS = (EXIT_BAD_INPUT, process.EXIT_DISK, process.EXIT_INTERRUPTED)
 
 
@@ -44,6 +46,11 @@ def wanted(cfg) -> int:
     size = cfg.GPUS_PER_STEP or there or 1
     ranks.split(cfg, size * hosts())
     return size
+
+
+def elsewhere(cfg) -> bool:
+    """Whether ranks of other hosts are to meet those of this one, which are not started yet."""
+    return not os.environ.get(ranks.RANK) and not ranks.one_process(cfg) and hosts() > 1
 
 
 def hosts() -> int:
@@ -130,14 +137,23 @@ def record(error: BaseException) -> None:
 
 
 def first(failures: dict) -> tuple:
-    """(rank, failure) of the one that ended before the others lost it: a rank that a signal has killed (the agent itself sends
-    SIGTERM to who is left), then one whose status says why, then the one that was the first to record what it raised."""
+    """(rank, failure) of the one that ended before the others lost it. Who says why has a reason of its own: by its status, or
+    by an error that is not the loss of another rank; of several the one that was the first to record it. Then who was killed
+    by a signal (the agent itself kills who is left half a minute after the first, so an error comes before), who just ended,
+    who has lost another, and who was only asked to stop, which is what the agent does when one has ended."""
     def order(found):
         rank, failure = found
         recorded = Path(failure.error_file)
-        status = failure.exitcode
-        return (status >= 0 or status == -signal.SIGTERM, status not in SAID_BY_STATUS, status < 0,
-                recorded.stat().st_mtime_ns if recorded.is_file() else math.inf, rank)
+        status, said = failure.exitcode, raised(failure)
+        if status in (-signal.SIGTERM, process.EXIT_INTERRUPTED):
+            kind = 4
+        elif status in SAID_BY_STATUS:
+            kind = 0
+        elif status < 0:
+            kind = 1
+        else:
+            kind = 2 if not said else 3 if LOST.search(said) else 0
+        return kind, recorded.stat().st_mtime_ns if recorded.is_file() else math.inf, rank
 
     return min(failures.items(), key=order)
 

@@ -35,6 +35,7 @@ COARSE_SECONDS = 60  # Slurm looks at time limits about once a minute
 REPORT_MINUTES = 60
 REPORT = "report"
 FIELDS = "%F|%K|%T|%N|%r|%k"  # of squeue: number of the job or of its array, index there, state, node, reason, comment
+OURS = ("array", "chdir", "comment", "dependency", "error", "job-name", "output", "requeue", "no-requeue", "signal", "wrap")
 NO_SLURM = ("there is no Slurm on this machine.", "make slurm on a login node of the cluster, or make, which runs it here.")
 # What make's command line said, and a report goes by.
 OF_THE_REPORT = ("KABLATE_OUT", "KABLATE_SEEDS", "KABLATE_TIME", "KABLATE_UNTIL", "KABLATE_MAX_SEEDS", *BUDGET)
@@ -168,8 +169,7 @@ class Cluster:
                                                         "slurm_additional_parameters": more})
                 with executor.batch():
                     jobs = [executor.submit(program) for program in programs]
-        except (FailedJobError, FailedSubmissionError) as error:
-            record.unlink()
+        except (FailedJobError, FailedSubmissionError) as error:  # the record stays: a controller may have it and not answer
             raise UserError(f"Slurm refuses the job: {_last_line(error)}.",
                             "make menuconfig, Cluster, for what is asked of it, then make slurm again.") from None
         numbers = [job.job_id for job in jobs]
@@ -180,7 +180,7 @@ class Cluster:
     def cancel(self, jobs: list[str]) -> None:
         """Take these jobs out of the queue; those that run are stopped, and their cells save."""
         for start in range(0, len(jobs), LARGEST_ARRAY):
-            _slurm("scancel", *jobs[start:start + LARGEST_ARRAY])
+            _slurm("scancel", "--quiet", *jobs[start:start + LARGEST_ARRAY])
 
 
 def arrays(cells: list[Cell], queued: set[str]) -> list[tuple[dict, str | None, list[Cell]]]:
@@ -214,14 +214,17 @@ def request(cfg) -> dict:
     asked = where(cfg) | {"timeout_min": math.ceil((cfg.GPT2_MAX_TIME + notice) / 60) + cfg.CLUSTER_MINUTES,
                           "slurm_signal_delay_s": notice}
     more = options(cfg.CLUSTER_OPTIONS)
-    if cfg.CPU_THREADS:  # of all processes of the cell, which are in one task of Slurm's
+    whole = cfg.DEVICE != "cpu" and not cfg.CLUSTER_GRES and not cfg.GPUS_PER_STEP  # all GPUs of the box, and its processors
+    if cfg.CPU_THREADS and not whole:  # of all processes of the cell, which are in one task of Slurm's
         asked["cpus_per_task"] = cfg.CPU_THREADS * max(1, cfg.GPUS_PER_STEP)
     if cpus := more.get("cpus_per_task", asked.get("cpus_per_task")):
         asked["slurm_srun_args"] = [f"--cpus-per-task={cpus}"]  # srun does not inherit it
     if cfg.CLUSTER_GRES:
         asked["slurm_gres"] = cfg.CLUSTER_GRES
+    elif whole:
+        asked |= {"slurm_exclusive": True}
     elif cfg.DEVICE != "cpu":
-        asked |= {"gpus_per_node": cfg.GPUS_PER_STEP} if cfg.GPUS_PER_STEP else {"slurm_exclusive": True}  # all of the box
+        asked |= {"gpus_per_node": cfg.GPUS_PER_STEP}
     return asked | {"slurm_additional_parameters": more}
 
 
@@ -236,6 +239,9 @@ def options(text: str) -> dict:
         raise UserError(f"CLUSTER_OPTIONS: '{wrong[0]}' is no long option of sbatch.",
                         "write options as --mem=64G --constraint=a100.")
     pairs = [word[2:].partition("=") for word in words]
+    if taken := [name for name, _, _ in pairs if name in OURS]:
+        raise UserError(f"CLUSTER_OPTIONS sets --{taken[0]}, by which make slurm finds and orders its jobs.",
+                        f"leave out {', '.join(f'--{name}' for name in OURS)}.")
     return {name.replace("-", "_"): value if equals else True for name, equals, value in pairs}
 
 

@@ -121,7 +121,7 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
     data = {"train_hash": corpus.train.fingerprint(), "eval_hash": eval_set.hash}
     training = budget.iterations != 0  # a cell that is only evaluated compiles nothing
     compiling = training and (cfg.GPT2_COMPILE or device.type == "cuda")
-    resume(folder, identity, data, model, optimizer, progress, device)
+    resume(folder, identity, data, model, optimizer, progress, device, group)
     if training and cfg.GPT2_COMPILE:
         compile_model(cfg, model)
     if compiling:
@@ -222,6 +222,7 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
         if mechanisms.advance(moment) and (compiling or group.size > 1):
             clock.switch("compile")
             gradient = None  # its memory
+            group.release()
             if compiling:
                 progress.peak_memory_bytes = peak_memory()
                 torch.compiler.reset()  # one program at a time, so that no number of changes meets the compiler's limit
@@ -277,9 +278,18 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
     log.close()
 
 
-def resume(folder: Path, identity: dict, data: dict, model, optimizer, progress: Progress, device) -> None:
-    """Continue from a checkpoint, if there is one. Clocks add up: what this process spent before (compiling) stays counted."""
-    content = generations.load(folder, device)
+def resume(folder: Path, identity: dict, data: dict, model, optimizer, progress: Progress, device,
+           group: ranks.Alone = ranks.ALONE) -> None:
+    """Continue from a checkpoint, if there is one, on every rank from the same. Clocks add up: what this process spent before
+    (compiling) stays counted."""
+    content = generations.load(folder, device) if group.first else None  # which moves aside what is damaged
+    group.wait()
+    if not group.first:
+        content = generations.load(folder, device)
+    found = content["progress"]["iteration"] if content else 0
+    if found != (newest := group.largest(found)):
+        raise UserError(f"rank {group.rank} finds a checkpoint of iteration {found} in {folder}, another one of {newest}.",
+                        "see to it that all hosts have the same folder there, then make.")
     if content is None:
         return
     changes = identity_changes(content["identity"], identity)
@@ -332,6 +342,8 @@ def warm_up(cfg, model, optimizer, eval_set, device, group: ranks.Alone = ranks.
     tell_graph_breaks(cfg)
     model.load_state_dict(before)
     optimizer.load_state_dict(optimizer_before)
+    del gradient
+    group.release()
 
 
 def tell_graph_breaks(cfg) -> None:

@@ -51,19 +51,20 @@ def number_in(variable: str) -> int | None:
 
 def die_with_launcher() -> None:
     """In a cell: receive SIGTERM when the launcher dies, also if it is already dead, and SIGKILL when STOP_SECONDS have passed
-    since. The launcher may ask for stacks from now on. No effect without a launcher."""
+    since; without the former if these are 0. The launcher may ask for stacks from now on. No effect without a launcher."""
     launcher, grace = number_in(LAUNCHER_VARIABLE), number_in(STOP_VARIABLE)
     if launcher is None:
         return
     faulthandler.register(STACKS_SIGNAL)  # to standard error, of every thread, also while Python itself is stuck
+    end = signal.SIGKILL if grace == 0 else signal.SIGTERM
     try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, end)
     except (OSError, AttributeError):
         return  # not Linux: the launcher forwards signals, but cannot be killed with -9 safely
-    if grace is not None:
+    if grace:
         threading.Thread(target=_killed_after, args=(Watch(parent=launcher), grace), daemon=True).start()
     if os.getppid() != launcher:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), end)
 
 
 def adopt() -> None:

@@ -11,6 +11,7 @@ was given. Who starts ranks, and what becomes of the cell when one of them ends,
 """
 
 import contextlib
+import gc
 import os
 import warnings
 from datetime import timedelta
@@ -83,6 +84,9 @@ class Alone:
         """A context in which gradients of what `parallel` gave are only added up."""
         return contextlib.nullcontext()
 
+    def release(self) -> None:
+        """Free what `parallel` gave, after the last use of it."""
+
     def leave(self) -> None:
         """The last thing that is done together."""
 
@@ -99,6 +103,8 @@ class Group(Alone):
     def __init__(self, device):
         import torch.distributed
 
+        # Otherwise a program is cut wherever a bucket is full: more and smaller ones than one process has.
+        torch._dynamo.config.optimize_ddp = False
         self.distributed = torch.distributed
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         self.distributed.init_process_group(backend, timeout=LONGEST_WAIT)
@@ -145,6 +151,9 @@ class Group(Alone):
 
     def wait(self):
         self.largest(0)
+
+    def release(self):
+        gc.collect()  # it refers to itself, and holds as many bytes as the gradients
 
     def leave(self):
         self.wait()

@@ -14,7 +14,6 @@ Rows are printed, and --out is written, as they are known. --show prints such fi
 """
 
 import argparse
-import gc
 import json
 import os
 import sys
@@ -111,7 +110,7 @@ def measure(cfg, device, group: Tried, compiled: str, buckets: list[int], rounds
             row["kernels"] = kernels.profile(device, lambda g=together: shared.block(1, g, group, 1), PROFILED)
         yield row
         del together  # and its hooks, before the next one's
-        gc.collect()
+        group.release()
 
 
 def line(row: dict, size: int) -> list[str]:

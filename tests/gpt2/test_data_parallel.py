@@ -9,20 +9,24 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gpt2.model import GPT
-from lib import loop, optimizers, process, ranks, runtime, tracking
+from lib import loop, optimizers, process, ranks, results, runtime, tracking
+from lib.cells import expand
 from lib.config import Study
 from lib.data import open_corpus
+from lib.errors import UserError
 from lib.kconfig import Assignment, Schema
-from tests.harness import ROOT, Never, StopAfter
+from tests.harness import ROOT, Never, StopAfter, prepare
 from tests.lib.test_process import alive
 
 SMALL = {"GPT2_BLOCK_SIZE": 16, "BATCH_SIZE": 1, "GPT2_GRADIENT_ACCUMULATION": 4, "GPT2_EVAL_SAMPLES": 3, "GPT2_MAX_ITERS": 2,
@@ -37,6 +41,8 @@ CASES = {step: (step, {}) for step in STEPS} | {step: (step, symbols) for step, 
     "cut": ("V0", {"BATCH_SIZE": 4, "GPT2_GRADIENT_ACCUMULATION": 1}),  # a rank computes half a micro-batch at once
     "one batch": ("V0", {"GPT2_EVAL_SAMPLES": 1}),  # the second rank has nothing to evaluate
 }
+COMPILED = {"compiled": ("M2", CHANGING["M2"] | {  # several MiB of parameters
+    "GPT2_COMPILE": "y", "MODEL_CUSTOM": "y", "GPT2_N_LAYER": 2, "GPT2_N_HEAD": 2, "GPT2_N_EMBD": 256})}
 
 
 @functools.cache
@@ -56,7 +62,7 @@ def the_corpus():
 
 def train(case: str, folder: Path, group=ranks.ALONE, stop=Never):
     """Train a case in `folder`; returns (model, optimizer, progress)."""
-    cfg = configuration(*CASES[case])
+    cfg = configuration(*(CASES | COMPILED)[case])
     folder.mkdir(exist_ok=True)
     progress, model = loop.Progress(), GPT(cfg)
     optimizer = optimizers.build(model, cfg)
@@ -65,6 +71,24 @@ def train(case: str, folder: Path, group=ranks.ALONE, stop=Never):
                lambda keep: tracking.MetricsLog(folder, keep) if group.first else tracking.NoLog(), clock, progress, stop,
                group=group)
     return model, optimizer, progress
+
+
+def programs(folder: Path, group=ranks.ALONE) -> int:
+    """Programs of a compiled cell whose paths go off on the way, which is trained in `folder`."""
+    torch._dynamo.reset()
+    made, eager = [], torch._dynamo.lookup_backend("aot_eager")
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return eager(graph, inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "BUCKET_MIB", 1)
+        patch.setattr(loop, "compile_model", lambda cfg, model: model.compile(backend=backend, dynamic=False))
+        model, *_ = train("compiled", folder, group)
+    if group.first:
+        torch.save(model.state_dict(), folder / "weights.pt")
+    return len(made)
 
 
 def digest(model, optimizer) -> str:
@@ -96,6 +120,13 @@ def rank(folder: Path) -> None:
     digests["written"] = sorted(path.name for path in (folder / "resumed").iterdir())
     model, optimizer, progress = train("V0", folder / "resumed", group)
     digests |= {"resumed": digest(model, optimizer), "resumptions": progress.resumed}
+    if group.first:
+        (folder / "resumed/checkpoint.pt").rename(folder / "resumed/checkpoint.before.pt")
+        (folder / "resumed/checkpoint.pt").write_text("damaged")
+    group.wait()
+    model, optimizer, progress = train("V0", folder / "resumed", group)
+    digests |= {"mended": digest(model, optimizer), "files": sorted(path.name for path in (folder / "resumed").glob("*.pt"))}
+    digests["programs"] = programs(folder / "compiled", group)
     (folder / f"rank{group.rank}.json").write_text(json.dumps(digests))
     group.leave()
 
@@ -163,7 +194,49 @@ def test_a_stop_of_one_rank_stops_both_and_they_resume_to_the_bit(two):
     assert first["written"] == ["checkpoint.pt", "metrics.jsonl"]
 
 
+def test_a_damaged_checkpoint_is_moved_aside_once_and_both_go_on_from_the_one_before(two):
+    _, first, _ = two
+    assert first["mended"] == first["V0"] and first["files"] == ["checkpoint.damaged.pt", "checkpoint.pt"]
+
+
+def test_a_compiled_model_has_the_programs_and_the_numbers_of_one_process(two, tmp_path):
+    """Also when it is compiled anew because paths went off. torch by itself cuts a program where a bucket is full."""
+    folder, first, _ = two
+    assert programs(tmp_path / "one") == first["programs"]
+    for name, tensor in torch.load(tmp_path / "one/weights.pt").items():
+        torch.testing.assert_close(torch.load(folder / "compiled/weights.pt")[name], tensor, rtol=1e-4, atol=2e-5)
+
+
+def test_ranks_that_find_different_checkpoints_refuse(tmp_path):
+    """As on a file system that shows one host what another does not see yet."""
+    group = SimpleNamespace(first=True, rank=0, wait=lambda: None, largest=lambda number: max(number, 7))
+    with pytest.raises(UserError, match="rank 0 finds a checkpoint of iteration 0 .*, another one of 7"):
+        loop.resume(tmp_path, {}, {}, None, None, loop.Progress(), torch.device("cpu"), group)
+
+
 # The command itself
+
+def test_two_hosts_train_one_cell(tmp_path):
+    """Two agents that meet, each with a rank, as torchrun's variables tell; here both are on this host."""
+    symbols = SMALL | {"GPT2_MAX_ITERS": 3, "GPUS_PER_STEP": 1, "DEVICE_CPU": "y", "GPT2_COMPILE": "n"}
+    overrides = [Assignment(name, str(value), "overrides") for name, value in symbols.items()]
+    cell = expand(Study("gpt2-ra-ablation+tiny", overrides=overrides, schema=schema()), [1])[0]
+    prepare(tmp_path, cell)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    both = [subprocess.Popen([sys.executable, "gpt2/train_ra_mla.py", "--cell", str(tmp_path)], cwd=ROOT, text=True,
+                             env=os.environ | {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": f"localhost:{port}"},
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    try:
+        said = [one.communicate(timeout=90)[0] for one in both]
+    finally:
+        for one in both:
+            one.kill()
+    assert [one.returncode for one in both] == [0, 0], said
+    found = results.read(tmp_path)
+    assert (found["state"], found["iterations"], found["environment"]["world_size"]) == ("done", 3, 2)
+
 
 QUICK = ["GPUS_PER_STEP=2", "DEVICE_CPU=y", "GPT2_MAX_ITERS=100000", "GPT2_LOG_INTERVAL=1", "GPT2_COMPILE=n",
          *(f"{name}={SMALL[name]}" for name in ("GPT2_BLOCK_SIZE", "GPT2_EVAL_SAMPLES", "CPU_THREADS"))]

@@ -32,6 +32,14 @@ try:
     raise ValueError('of the second rank')
 except ValueError as error:
     from lib import agent; agent.record(error); raise""": 1,
+    """
+import signal; signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+from lib import agent
+try:
+    if not rank: time.sleep(60)
+    raise KeyError('before the other has begun')
+except KeyError as error:
+    agent.record(error); raise""": 1,
 }
 SLEEPS = """
 import os, sys, time
@@ -61,9 +69,15 @@ def test_the_exit_status_of_ranks_is_the_agents(ended, ending, status):
 
 
 def test_the_traceback_of_the_first_rank_stands_last_in_the_log(ended):
-    status, said = ended[list(ENDINGS)[-1]]
+    status, said = ended[list(ENDINGS)[-2]]
     assert "rank 1 of 2 ended first, with exit status 1; the others cannot go on without it\nTraceback " in said
     assert failures.from_log(said, status) == "exception: ValueError: of the second rank (<string>, line 5)"
+
+
+def test_a_rank_that_leaves_because_it_is_asked_to_has_not_ended_first(ended):
+    """It had not begun to train, where a stop ends it at once with the status of an interruption."""
+    status, said = ended[list(ENDINGS)[-1]]
+    assert "rank 1 of 2 ended first" in said and "KeyError" in failures.from_log(said, status)
 
 
 def begun(folder, **variables):
@@ -96,14 +110,30 @@ def test_a_stop_that_ranks_have_no_answer_to_is_an_interruption(tmp_path):
     started.communicate()
 
 
-def failure(code, recorded=None):
-    return SimpleNamespace(exitcode=code, error_file=str(recorded or "nowhere"), error_file_data={})
+def failure(code, recorded=None, said=""):
+    content = {"message": {"extraInfo": {"py_callstack": said}}} if said else {}
+    return SimpleNamespace(exitcode=code, error_file=str(recorded or "nowhere"), error_file_data=content)
 
 
 @pytest.mark.parametrize("codes, expected", [
-    ((1, -9), 1), ((-15, -9), 1), ((-15, 1), 1), ((1, 2), 1), ((-11, 2), 0), ((75, 1), 0), ((1, 1), 0)])
+    ((1, -9), 1), ((-15, -9), 1), ((-15, 1), 1), ((1, 2), 1), ((-11, 2), 1), ((75, 1), 1), ((74, -9), 0), ((1, 1), 0),
+    ((75, -15), 0)])
 def test_which_of_several_counts(codes, expected):
     assert agent.first(dict(enumerate(map(failure, codes))))[0] == expected
+
+
+LOSS = "RuntimeError: [gloo/transport/tcp/pair.cc] Connection closed by peer"
+
+
+@pytest.mark.parametrize("failures, expected", [
+    ([failure(1, said=LOSS), failure(-9)], 1),  # the other was out of memory
+    ([failure(-9), failure(1, said="ValueError: its own")], 1),  # the other hung until it was killed
+    ([failure(-6), failure(1, said="ValueError: its own")], 1),  # NCCL's watchdog
+    ([failure(1, said=LOSS), failure(1, said="ValueError: its own")], 1),
+    ([failure(1, said=LOSS), failure(1)], 1),
+])
+def test_who_has_lost_another_or_was_killed_late_is_not_the_first(failures, expected):
+    assert agent.first(dict(enumerate(failures)))[0] == expected
 
 
 def test_of_two_that_raised_the_one_that_recorded_it_first_counts(tmp_path):

@@ -87,6 +87,8 @@ def test_threads_and_gpus_are_asked_for_as_configured(dotconfig):
     assert given["slurm_srun_args"] == ["--cpus-per-task=8"]
     some = asked(dotconfig, "DEVICE_CUDA=y", "GPUS_PER_STEP=2")
     assert some["gpus_per_node"] == 2 and "slurm_exclusive" not in some
+    threads = asked(dotconfig, "DEVICE_CUDA=y", "CPU_THREADS=8")  # of each process; how many there will be, the node says
+    assert threads["slurm_exclusive"] is True and not threads.keys() & {"cpus_per_task", "slurm_srun_args"}
     whole = asked(dotconfig, "DEVICE_CUDA=y")
     assert whole["slurm_exclusive"] is True and "gpus_per_node" not in whole and "cpus_per_task" not in whole
     named = asked(dotconfig, "DEVICE_CUDA=y", 'CLUSTER_GRES="gpu:h100:1"')
@@ -104,7 +106,7 @@ def test_where_jobs_go_is_no_part_of_a_cell(cells):
 
 def test_options_are_long_ones_of_sbatch():
     assert options("--mem=64G --nice --constraint='a100|h100'") == {"mem": "64G", "nice": True, "constraint": "a100|h100"}
-    for wrong in ("mem=64G", "-p x", "--", "--mem='1"):
+    for wrong in ("mem=64G", "-p x", "--", "--mem='1", "--mem=1G --comment=mine", "--dependency=singleton", "--requeue"):
         assert "CLUSTER_OPTIONS" in refusal(options, wrong)[0]
 
 
