@@ -21,8 +21,9 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
-from lib import generations
+from lib import generations, ranks
 from lib.errors import UserError
 from lib.kconfig import SET
 from lib.paths import shown
@@ -128,6 +129,9 @@ def held(config: str, folder: Path, title: str, ended):
     """
     symbol = {match[1]: match[2].strip('"') for match in map(SET.fullmatch, config.splitlines()) if match}
     per_gpu, per_step = (int(symbol.get(name, default)) for name, default in (("CELLS_PER_GPU", "1"), ("GPUS_PER_STEP", "0")))
+    alone = {name: symbol.get(name) == "y" for name in ("EVALUATE_ONLY", "KVSPLICE")}
+    if ranks.one_process(SimpleNamespace(**alone, INIT_FROM_STEP=symbol.get("INIT_FROM_STEP"))):
+        per_step = 1  # it would leave the others idle
     there = [] if symbol.get("DEVICE") == "cpu" else gpus()
     needed = devices_of_cell(jobs_of_make(), len(there), per_step, per_gpu)
     _forget(folder)  # of a part that is lost

@@ -9,9 +9,6 @@ GPU's memory that a cell may take.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,26 +17,18 @@ from types import SimpleNamespace
 from lib import batch_size, process
 from lib.cells import expand
 from lib.config import Study, announce
-from lib.errors import EXIT_BAD_INPUT, UserError, reported
+from lib.errors import UserError, reported
 from lib.paths import shown
 from lib.plan import Plan
+from scripts import own_process
 from scripts.plan import options_from_environment
 
 TOKENS = 100_000  # of the random corpus, beside one window
 
 
-def child(*words) -> dict:
-    """The last line of what this script printed in a process of its own. UserError if it failed."""
-    done = subprocess.run([sys.executable, "-m", "scripts.batch_size", *words], capture_output=True, text=True,
-                          env={**os.environ, process.LAUNCHER_VARIABLE: str(os.getpid())})
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    if done.returncode == EXIT_BAD_INPUT:
-        sys.stderr.write(done.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    said = [line for line in done.stderr.splitlines() if line.strip()] or ["it printed nothing"]
-    raise UserError(f"trying a micro-batch failed with exit status {done.returncode}: {said[-1].strip()[:300]}.",
-                    "make check, which finds what is wrong with a step, or set BATCH_SIZE_AUTO=n in make menuconfig.")
+def trial_of(cfg, folder: Path, *words) -> dict:
+    """What this script prints with these options in a process of its own."""
+    return own_process.run(cfg, folder, "trying a micro-batch", "scripts.batch_size", *words)
 
 
 def in_a_process(share: float):
@@ -49,7 +38,8 @@ def in_a_process(share: float):
         with tempfile.TemporaryDirectory() as folder:
             config = Path(folder) / ".config"
             config.write_text(program.resolved.text)
-            peak = child("--probe", str(config), "--batch", str(micro_batch), "--share", str(share))["peak_bytes"]
+            peak = trial_of(program.resolved.config, Path(folder), "--probe", str(config), "--batch", str(micro_batch),
+                            "--share", str(share))["peak_bytes"]
         found = "does not fit" if peak is None else f"{peak / 2 ** 30:.1f} GiB"
         print(f"  {program.arms[0]}: {micro_batch} sequences: {found} ({time.monotonic() - begun:.0f} s)", flush=True)
         return peak
@@ -150,7 +140,7 @@ def ensured(plan: Plan, anew: bool = False) -> str:
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / ".config"
         config.write_text(expand(study, [study.config.SEED])[0].resolved.text)
-        here = child("--device", str(config))
+        here = trial_of(study.config, Path(folder), "--device", str(config))
     share = batch_size.MARGIN / study.config.CELLS_PER_GPU
     if here["type"] != "cpu":
         print(f"BATCH_SIZE_AUTO: looking for the largest micro-batch on {here['name']}", flush=True)

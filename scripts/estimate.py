@@ -11,7 +11,6 @@ linear speed that is assumed.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,13 +18,14 @@ from pathlib import Path
 
 BEGUN = time.perf_counter()  # a cell's start counts, imports too
 
-from lib import estimate, process, slots  # noqa: E402
+from lib import estimate, process  # noqa: E402
 from lib.cells import FINISHED, Cell, baseline, expand  # noqa: E402
 from lib.config import Study, announce  # noqa: E402
-from lib.errors import EXIT_BAD_INPUT, UserError, reported  # noqa: E402
+from lib.errors import UserError, reported  # noqa: E402
 from lib.estimate import Outlook, Speed  # noqa: E402
 from lib.plan import Plan  # noqa: E402
 from lib.tables import count, duration, plural, table  # noqa: E402
+from scripts import own_process  # noqa: E402
 from scripts.plan import options_from_environment  # noqa: E402
 
 STEPS = 20  # of a probe
@@ -84,19 +84,8 @@ def probed(cell: Cell) -> tuple[Speed, str]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / ".config").write_text(cell.resolved.text)
-        alone = f"CONFIG_GPUS_PER_STEP=1\nCONFIG_DEVICE=\"{cell.resolved.config.DEVICE}\"\n"
-        with slots.held(alone, folder, "the probe", lambda: False) as slot:
-            done = subprocess.run([sys.executable, "-m", "scripts.estimate", "--probe", str(folder / ".config")], text=True,
-                                  capture_output=True, pass_fds=slot.handles,
-                                  env={**os.environ, **slot.environment, process.LAUNCHER_VARIABLE: str(os.getpid())})
-    if done.returncode == EXIT_BAD_INPUT:
-        sys.stderr.write(done.stderr)
-        sys.exit(EXIT_BAD_INPUT)
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["it printed nothing"]
-        raise UserError(f"the probe of {cell.step} failed with exit status {done.returncode}: {said[-1].strip()[:300]}.",
-                        "make check, which finds what is wrong with a step.")
-    found = json.loads(done.stdout.splitlines()[-1])
+        found = own_process.run(cell.resolved.config, folder, f"the probe of {cell.step}", "scripts.estimate", "--probe",
+                                str(folder / ".config"))
     print(f"  {found['steps']} steps, {count(found['tokens_per_second'])} tokens/s "
           f"({duration(time.monotonic() - begun)} in all)", file=sys.stderr, flush=True)
     return Speed(found["tokens_per_second"], found["outside"], False, 1), found["device"]

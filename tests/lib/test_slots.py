@@ -165,6 +165,12 @@ def test_each_cell_of_make_j_gets_its_own_and_the_next_one_waits(machine, cells,
     assert not any(map(cells.met, "abcde"))
 
 
+@pytest.mark.parametrize("config", ["CONFIG_EVALUATE_ONLY=y", 'CONFIG_KVSPLICE=y\nCONFIG_INIT_FROM_STEP="V0"'])
+def test_a_cell_of_one_process_takes_one_of_the_box(machine, cells, config):
+    machine(LISTING)
+    assert cells.start("a", f"{config}\nCONFIG_GPUS_PER_STEP=2").devices == ("GPU-aaaa-1",)
+
+
 def test_a_cell_that_waits_says_so_once_and_starts_when_one_is_free(machine, cells, capsys):
     machine(LISTING)
     cells.start("a")

@@ -58,12 +58,12 @@ def test_only_what_is_out_of_memory_does_not_fit(tmp_path, monkeypatch, error, f
             batch_size.trial(cfg, 0.5, tmp_path)
 
 
-def test_a_trial_that_fails_otherwise_says_why_and_what_to_do(monkeypatch):
+def test_a_trial_that_fails_otherwise_says_why_and_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(
         returncode=1, stdout="", stderr="Traceback\nRuntimeError: a shape is wrong\n"))
-    assert refusal(batch_size.child, "--probe", "x") == (
+    assert refusal(batch_size.trial_of, SimpleNamespace(DEVICE="cpu"), tmp_path, "--probe", "x") == (
         "trying a micro-batch failed with exit status 1: RuntimeError: a shape is wrong.",
-        "make check, which finds what is wrong with a step, or set BATCH_SIZE_AUTO=n in make menuconfig.")
+        "make check, which finds what is wrong with a step.")
 
 
 @pytest.fixture(scope="module")
