@@ -76,11 +76,11 @@ def train(case: str, folder: Path, group=ranks.ALONE, stop=Never):
 def programs(folder: Path, group=ranks.ALONE) -> int:
     """Programs of a compiled cell whose paths go off on the way, which is trained in `folder`."""
     torch._dynamo.reset()
-    made, eager = [], torch._dynamo.lookup_backend("aot_eager")
+    made = []
 
     def backend(graph, inputs):
         made.append(graph)
-        return eager(graph, inputs)
+        return graph
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks, "BUCKET_MIB", 1)
