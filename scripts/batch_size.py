@@ -14,13 +14,12 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from lib import batch_size, process
+from lib import batch_size, own_process, process
 from lib.cells import expand
 from lib.config import Study, announce
 from lib.errors import UserError, reported
 from lib.paths import shown
 from lib.plan import Plan
-from scripts import own_process
 from scripts.plan import options_from_environment
 
 TOKENS = 100_000  # of the random corpus, beside one window

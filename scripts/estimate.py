@@ -18,14 +18,13 @@ from pathlib import Path
 
 BEGUN = time.perf_counter()  # a cell's start counts, imports too
 
-from lib import estimate, process  # noqa: E402
+from lib import estimate, own_process, process  # noqa: E402
 from lib.cells import FINISHED, Cell, baseline, expand  # noqa: E402
 from lib.config import Study, announce  # noqa: E402
 from lib.errors import UserError, reported  # noqa: E402
 from lib.estimate import Outlook, Speed  # noqa: E402
 from lib.plan import Plan  # noqa: E402
 from lib.tables import count, duration, plural, table  # noqa: E402
-from scripts import own_process  # noqa: E402
 from scripts.plan import options_from_environment  # noqa: E402
 
 STEPS = 20  # of a probe
