@@ -87,21 +87,24 @@ tune-lr: $(SETUP) ## sweep the learning rate of every step alike, then run and c
 	$(Q)$(MAKE) --no-print-directory run
 endif
 
-BENCHES := bench-steps bench-train bench-attention bench-decode bench-ranks
+# Programs of their own, scripts/NAME.py: a goal is a name here and a line that says what it does. Steps that stand beside one
+# of the first group are its arguments.
+override STEP_TOOLS := plan estimate report check bench-steps bench-train bench-attention bench-decode bench-ranks compile-matrix
+override TOOLS := fim frontier browse data randconfig diffconfig torture claims
+.PHONY: $(STEP_TOOLS) $(TOOLS)
+$(STEP_TOOLS) $(TOOLS): $(SETUP)
+	$(Q)$(PYTHON) -m scripts.$(subst -,_,$@) $(if $(filter $@,$(STEP_TOOLS)),$(STEPS))
+
 # make V3 runs V3; make plan V3 and make check V3 only look at it.
 .PHONY: $(STEP_GOALS)
-$(STEP_GOALS): $(if $(filter slurm% plan check report cells tune-lr compile-matrix estimate sample $(BENCHES),$(MAKECMDGOALS)),,run)
+$(STEP_GOALS): $(if $(filter slurm% cells tune-lr sample $(STEP_TOOLS),$(MAKECMDGOALS)),,run)
 	@:
 
-.PHONY: plan estimate
-plan: $(SETUP) ## list the study's cells, their state, and why each would run
-	$(Q)$(PYTHON) -m scripts.plan $(STEPS)
-estimate: $(SETUP) ## say what the study takes on 1, 4 and 8 GPUs, and the seeds its margin needs (ALL=1 tries every step)
-	$(Q)$(PYTHON) -m scripts.estimate $(STEPS)
-
-.PHONY: report
-report: $(SETUP) ## print the report of what is on disk and write it as md, csv, json, html and png
-	$(Q)$(PYTHON) -m scripts.report $(STEPS)
+plan: ## list the study's cells, their state, and why each would run
+estimate: ## say what the study takes on 1, 4 and 8 GPUs, and the seeds its margin needs (ALL=1 tries every step)
+report: ## print the report of what is on disk and write it as md, csv, json, html and png
+check: ## prove every architecture of the study on the CPU (STUDY=name, ALL=1 every step, FULL=1 real depth)
+data: ## prepare the configured data set, or check the one that is there
 
 .PHONY: slurm slurm-status slurm-cancel
 slurm: ## submit the missing cells of the study to a Slurm cluster, and the report after them
@@ -110,37 +113,19 @@ slurm-cancel: ## take the study's jobs out of the queue; cells that run save
 slurm slurm-status slurm-cancel: $(SETUP)
 	$(Q)$(PYTHON) -m scripts.slurm $(patsubst slurm-%,%,$(@:slurm=slurm-submit)) $(STEPS)
 
-.PHONY: fim
-fim: $(SETUP) ## Fisher metrics of the attention of the study's finished cells, with the spread over seeds
-	$(Q)$(PYTHON) -m scripts.fim
+.PHONY: pack unpack
+pack: ## put the study's finished cells, without weights, into one small archive (FILE=name.tar.gz)
+unpack: ## add the cells of such an archive (FILE=name.tar.gz) to the study; they then count as done
+pack unpack: $(SETUP)
+	$(Q)$(PYTHON) -m scripts.archive $@
 
-.PHONY: frontier
-frontier: $(SETUP) ## draw validation loss against cache bytes and decoding speed (FILE=what make bench-decode kept)
-	$(Q)$(PYTHON) -m scripts.frontier
-
+##@ Look at what came of it
+browse: ## index the reports of all studies and serve them on this machine (PORT=8000)
+frontier: ## draw validation loss against cache bytes and decoding speed (FILE=what make bench-decode kept)
+fim: ## Fisher metrics of the attention of the study's finished cells, with the spread over seeds
 .PHONY: sample
 sample: $(SETUP) ## write text with a finished cell: make sample V0 PROMPT="def main" TOKENS=200
 	$(Q)$(PYTHON) gpt2/sample.py $(STEPS)
-
-.PHONY: browse
-browse: $(SETUP) ## index the reports of all studies and serve them on this machine (PORT=8000)
-	$(Q)$(PYTHON) -m scripts.browse
-
-.PHONY: pack
-pack: $(SETUP) ## put the study's finished cells, without weights, into one small archive (FILE=name.tar.gz)
-	$(Q)$(PYTHON) -m scripts.archive pack
-
-.PHONY: unpack
-unpack: $(SETUP) ## add the cells of such an archive (FILE=name.tar.gz) to the study; they then count as done
-	$(Q)$(PYTHON) -m scripts.archive unpack
-
-.PHONY: check
-check: $(SETUP) ## prove every architecture of the study on the CPU (STUDY=name, ALL=1 every step, FULL=1 real depth)
-	$(Q)$(PYTHON) -m scripts.check $(STEPS)
-
-.PHONY: data
-data: $(SETUP) ## prepare the configured data set, or check the one that is there
-	$(Q)$(PYTHON) -m scripts.data
 
 ##@ Configure
 defconfig-%: override export KABLATE_DEFCONFIG = $*
@@ -158,21 +143,14 @@ savedefconfig: ## write .config back to its study in minimal form (NAME=study fo
 $(KCONFIG_GOALS): $(SETUP)
 	$(Q)$(PYTHON) -m scripts.kconfig $@
 
-.PHONY: randconfig
-randconfig: $(SETUP) ## write .config with random values, but for what STUDY=name sets (KCONFIG_SEED=number: the same again)
-	$(Q)$(PYTHON) -m scripts.randconfig
+randconfig: ## write .config with random values, but for what STUDY=name sets (KCONFIG_SEED=number: the same again)
+diffconfig: ## compare two configurations: A=study-or-file B=study-or-file (default: .config's study and .config)
 
-.PHONY: list-defconfigs
+.PHONY: list-defconfigs list-steps
 list-defconfigs: ## the studies and fragments there are
-	$(Q)$(ANY_PYTHON) -m scripts.listing defconfigs
-
-.PHONY: list-steps
 list-steps: ## the steps there are
-	$(Q)$(ANY_PYTHON) -m scripts.listing steps
-
-.PHONY: diffconfig
-diffconfig: $(SETUP) ## compare two configurations: A=study-or-file B=study-or-file (default: .config's study and .config)
-	$(Q)$(PYTHON) -m scripts.diffconfig
+list-defconfigs list-steps:
+	$(Q)$(ANY_PYTHON) -m scripts.listing $(@:list-%=%)
 
 ##@ Develop
 .PHONY: setup
@@ -187,42 +165,27 @@ $(VENV)/.stamp: pyproject.toml requirements.txt constraints.txt
 test: $(SETUP) ## run the tests (no network, no GPU, under 10 minutes on 2 cores)
 	$(Q)$(PYTHON) -m pytest
 
-.PHONY: torture
-torture: $(SETUP) ## try to lose results: WHAT="kills disk hang clock damage fuzz random", or some (KILLS=200: all, in full)
-	$(Q)$(PYTHON) -m scripts.torture
+torture: ## try to lose results: WHAT="kills disk hang clock damage fuzz random", or some (KILLS=200: all, in full)
 
 .PHONY: lint
 lint: $(SETUP) ## run ruff
 	$(Q)$(PYTHON) -m ruff check .
 
-.PHONY: bench-check
-bench-check: $(SETUP) ## time make check on gpt2-ra-ablation
-	$(Q)$(PYTHON) -m scripts.bench check
-
-.PHONY: bench-overhead
-bench-overhead: $(SETUP) ## seconds that each finished cell of the study spent outside its budget
-	$(Q)$(PYTHON) -m scripts.bench overhead
-
-.PHONY: $(BENCHES)
 bench-steps: ## time and peak memory of a training step of every step, relative to the baseline
 bench-train: ## training speed, MFU, memory and kernels beside a peer model (PEER=/path/model.py, FILE=name.json)
 bench-attention: ## the attention module alone, eager and compiled, beside the designs that lost (FILE=name.json)
 bench-decode: ## time to first token, decoding speed and memory of every kind of cache (FILE=name.json keeps them)
 bench-ranks: ## what several GPUs gain for one step, by the size of what they exchange in one go (FILE=name.json)
-$(BENCHES): $(SETUP)
-	$(Q)$(PYTHON) -m scripts.$(subst -,_,$@) $(STEPS)
+compile-matrix: ## prove that torch.compile makes whole programs of every step, in all phases (FILE=name.json)
 
-.PHONY: compile-matrix
-compile-matrix: $(SETUP) ## prove that torch.compile makes whole programs of every step, in all phases (FILE=name.json)
-	$(Q)$(PYTHON) -m scripts.compile_matrix $(STEPS)
+.PHONY: bench-check bench-overhead bench-stats
+bench-check: ## time make check on gpt2-ra-ablation
+bench-overhead: ## seconds that each finished cell of the study spent outside its budget
+bench-stats: ## simulate the statistics: coverage, false wins of a study and of UNTIL=decided, seeds it saves
+bench-check bench-overhead bench-stats: $(SETUP)
+	$(Q)$(PYTHON) -m scripts.bench $(@:bench-%=%)
 
-.PHONY: bench-stats
-bench-stats: $(SETUP) ## simulate the statistics: coverage, false wins of a study and of UNTIL=decided, seeds it saves
-	$(Q)$(PYTHON) -m scripts.bench stats
-
-.PHONY: claims
-claims: $(SETUP) ## rebuild docs/claims.md from docs/claims.toml, the tests and the reports in docs/results
-	$(Q)$(PYTHON) -m scripts.claims
+claims: ## rebuild docs/claims.md from docs/claims.toml, the tests and the reports in docs/results
 
 ##@ Other
 .PHONY: doctor
