@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lib.steps import file_name
 FINISHED = ("done", "diverged")  # states in which a cell has a result
 MAX_COUNTED_SEEDS = 100
 SEED_LIMIT = 2 ** 31  # SEED in Kconfig ends below it
+FORESEEN = 16  # seeds, when the order of cells is chosen
 LONGEST_NAME = 240  # file systems end at 255, and the archive adds a number
 
 
@@ -93,8 +95,7 @@ def seeds_of(study: Study) -> list[int]:
 
 
 def expand(study: Study, seeds: list[int] | None = None, steps: list[str] | None = None) -> list[Cell]:
-    """All cells of a study (or of these seeds and steps) in the order they run: seed by seed, so that an interrupted
-    study is balanced."""
+    """All cells of a study (or of these seeds and steps), seed by seed: an interrupted study is balanced."""
     steps = steps_of(study) if steps is None else steps
     base = study.config.SEED
     columns = []
@@ -116,6 +117,26 @@ def expand(study: Study, seeds: list[int] | None = None, steps: list[str] | None
                               name(one.config.INIT_FROM_STEP, parent.config) if parent else None))
     _refuse_names([cell.name for cell in cells])
     return cells
+
+
+def counterbalanced(cells: list[Cell], jobs: int) -> list[Cell]:
+    """These cells in the order in which they are started: seed by seed, and where `jobs` run side by side, each seed's arms
+    begin some places later than those of the seed before.
+
+    The GPUs of a box are taken in turn, and two of one model differ by some per cent in speed. In the order of the study an
+    arm could have the same one at every seed, and a difference between GPUs would be read as one between steps.
+    """
+    arms, seeds = (list(dict.fromkeys(map(of, cells))) for of in (lambda c: (c.step, c.optimizer), lambda c: c.seed))
+    shift = min(range(max(1, min(jobs, len(arms)))), key=lambda shift: _unevenness(len(arms), len(seeds), max(1, jobs), shift))
+    place, turn = ({one: number for number, one in enumerate(ones)} for ones in (arms, seeds))
+    return sorted(cells, key=lambda c: (turn[c.seed], (place[c.step, c.optimizer] - turn[c.seed] * shift) % len(arms)))
+
+
+def _unevenness(arms: int, seeds: int, jobs: int, shift: int) -> int:
+    """How unlike the arms' shares of each of `jobs` GPUs become, should cells end as they began: least where all are equal."""
+    met = Counter((arm, (seed * arms + (arm - seed * shift) % arms) % jobs)
+                  for seed in range(min(seeds, FORESEEN)) for arm in range(arms))
+    return sum(count ** 2 for count in met.values())
 
 
 def _refuse_names(names: list[str]) -> None:

@@ -48,6 +48,11 @@ def alone(out: Path):
         lock.release()
 
 
+def is_parallel() -> bool:
+    """Whether the make that has started this process was given -j."""
+    return bool(re.search(r"(^| )(-j|--jobserver)", os.environ.get("MAKEFLAGS", "")))
+
+
 def write(plan, must_run: list[Cell]) -> Path:
     """Store the makefile that runs these cells of a plan, in their order, and their configurations; its path."""
     for old in (plan.out / "plan").glob("*.mk"):
@@ -66,7 +71,7 @@ def _text(plan, must_run: list[Cell]) -> str:
     lines = ["# Written by the plan: the cells that must run. Make it anew with make; do not edit.",
              "CELLS :=" + "".join(f" \\\n  {t}" for t in targets.values()),
              f"all: $(CELLS)\n\t{_afterwards(plan, must_run)}", ".PHONY: all FORCE", ".PRECIOUS: $(CELLS)"]
-    if plan.jobs > 1 and not re.search(r"(^| )(-j|--jobserver)", os.environ.get("MAKEFLAGS", "")):
+    if plan.jobs > 1 and not is_parallel():
         lines.insert(1, f"MAKEFLAGS += -j{plan.jobs}")
     for cell, words in zip(must_run, commands(plan, must_run).values(), strict=True):
         parent = f" {targets[cell.parent]}" if cell.parent in targets else ""

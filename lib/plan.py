@@ -20,6 +20,7 @@ from lib.cells import (
     Cell,
     Status,
     baseline,
+    counterbalanced,
     expand,
     inspect,
     other_seeds,
@@ -223,7 +224,9 @@ class Plan:
         for name, status in self.status.items():
             if status.state in FINISHED:
                 remove_checkpoints(self.out / name)
-        return makefile.write(self, [cell for cell, _, runs in self.rows() if runs])
+        order = counterbalanced([cell for cell, _, _ in self.rows()], self.side_by_side)
+        must_run = {cell.name for cell, _, runs in self.rows() if runs}
+        return makefile.write(self, [cell for cell in order if cell.name in must_run])
 
     def rows(self) -> list[tuple[Cell, Status, bool]]:
         """The cells that make may run now: the study's of the seeds asked for, or with `tune` those of the sweep."""
@@ -253,10 +256,15 @@ class Plan:
         """The size of the family of verdicts."""
         return design.comparisons(self.history)
 
+    @property
+    def side_by_side(self) -> int:
+        """Cells side by side: N of make -jN, or else `jobs`."""
+        return slots.jobs_of_make() if makefile.is_parallel() else self.jobs
+
     @cached_property
     def jobs(self) -> int:
-        """Cells side by side: JOBS, or as many as there are cores for where cells are bound to threads of the CPU, or as many
-        as its GPUs have slots for where cells take less than all of them."""
+        """Cells side by side where make was given no -j: JOBS, or as many as there are cores for where cells are bound to
+        threads of the CPU, or as many as its GPUs have slots for where cells take less than all of them."""
         given = self.options.jobs or str(self.study.config.JOBS)
         if (number := whole(given)) is None:
             raise UserError(f"JOBS={given} is no number of cells.", "give a whole number, or make -jN.")

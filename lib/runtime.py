@@ -125,6 +125,7 @@ def environment(cfg, device: torch.device, world_size: int = 1) -> dict:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "device_type": device.type,
+        "device_id": str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None,
         "precision": precision(cfg, device),
         "compile": cfg.GPT2_COMPILE,
         "threads": torch.get_num_threads(),

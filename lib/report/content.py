@@ -255,6 +255,7 @@ def _notes(plan, history: list[dict], steps: list[dict], compared: dict[str, Com
         found.append(text)
     if beside := _side_by_side(plan):
         found.append(beside)
+    found += _never_on_one_gpu(plan, next(step["name"] for step in steps if step["is_baseline"]))
     for comparison in compared.values():
         found += [f"{comparison.name} vs {comparison.reference}: {gate}" for gate in comparison.gates[1:]]
     if sweep and all(entry["best"] == 1 for entry in sweep):
@@ -285,6 +286,18 @@ def _side_by_side(plan) -> str | None:
         return None
     return (f"{beside} of {plural(len(timed), 'cell')} ran beside another one on the same device: what a budget of seconds "
             "trained there depended on the neighbour (CELLS_PER_GPU=1 or JOBS=1 gives each its own)")
+
+
+def _never_on_one_gpu(plan, reference: str) -> list[str]:
+    """Arms whose speed, beside the reference's, may be that of their GPU: two of one model differ by some per cent."""
+    devices: dict[str, set] = {}
+    for cell, status in plan.found(plan.common):
+        if status.state == "done":
+            devices.setdefault(cell.step, set()).add((status.record["environment"] or {}).get("device_id"))
+    theirs = devices.pop(reference, {None})
+    apart = [step for step, ours in devices.items() if None not in ours | theirs and not ours & theirs]
+    return [f"{' '.join(apart)} never ran on a GPU that {reference} ran on: a difference of speed, or at equal seconds, may be "
+            "that of the GPUs (more seeds take turns)"] if apart else []
 
 
 def control_failure(name: str, control: str | None, comparison: Comparison | None) -> str | None:

@@ -5,13 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lib import results
-from lib.cells import baseline, expand, folder_name, inspect, parse_seeds
+from lib.cells import baseline, counterbalanced, expand, folder_name, inspect, parse_seeds
 from lib.config import Study, identity_changes
 from lib.errors import UserError
 from lib.kconfig import Assignment, Schema
@@ -34,6 +35,24 @@ def study(dotconfig):
 def cell(study):
     """The only cell of a study of one step."""
     return lambda step="V1", *assignments: expand(study(step, *assignments))[0]
+
+
+# Order
+
+@pytest.mark.parametrize("jobs, arms, seeds, most, fewest", [
+    *[(2, arms, 8, 4, 4) for arms in range(2, 11)], (4, 8, 8, 2, 2), (8, 7, 8, 1, 1), (8, 8, 8, 1, 1), (3, 4, 9, 3, 3),
+    (4, 2, 4, 2, 0)])
+def test_gpus_that_are_taken_in_turn_meet_every_arm_alike(study, jobs, arms, seeds, most, fewest):
+    cells = counterbalanced(expand(study(" ".join(f"V{i}" for i in range(arms)), f'SEEDS="{seeds}"')), jobs)
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells), "seed by seed"
+    met = Counter((cell.step, number % jobs) for number, cell in enumerate(cells))
+    shares = [met[f"V{arm}", gpu] for arm in range(arms) for gpu in range(jobs)]
+    assert (max(shares), min(shares)) == (most, fewest)
+
+
+def test_cells_that_run_one_after_the_other_keep_the_order_of_the_study(study):
+    cells = expand(study("V0 V1 V2", 'SEEDS="3"'))
+    assert counterbalanced(cells, 1) == counterbalanced(cells, 0) == cells
 
 
 # Seeds

@@ -184,6 +184,20 @@ def test_company_under_a_budget_of_seconds_is_said(study, tmp_path, monkeypatch,
     assert [note.split(" ran")[0] for note in notes] == ([f"{said} of 3 cells"] if said else [])
 
 
+@pytest.mark.parametrize("gpus, told", [("abb", True), ("aab", False), ("aaa", False), ("a?b", False)])
+def test_an_arm_that_never_had_a_gpu_of_the_baseline_is_told(study, gpus, told):
+    """gpus: that of V0, of V1, and of V1 at the second seed; '?' for a cell that nobody has asked for it."""
+    plan = study(V0=V0[:2], V1=BELOW[:2], seeds="1 2")
+    for cell in plan.common:
+        of = gpus[0] if cell.step == "V0" else gpus[1:][cell.seed - 1]
+        environment = MEASURED["environment"] | ({} if of == "?" else {"device_id": of})
+        (plan.out / cell.name / "metrics.json").unlink()
+        finish(plan.out, cell, environment=environment)
+    notes = [note for note in content(Plan(Options()))["notes"] if "never ran on a GPU" in note]
+    assert notes == (["V1 never ran on a GPU that V0 ran on: a difference of speed, or at equal seconds, may be that of the "
+                      "GPUs (more seeds take turns)"] if told else [])
+
+
 def test_a_report_changes_nothing(study, tmp_path):
     plan = study(V0=V0, V1=BELOW)
     before = snapshot(tmp_path / "out")
