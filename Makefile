@@ -168,8 +168,9 @@ test: $(SETUP) ## run the tests (no network, no GPU, under 10 minutes on 2 cores
 torture: ## try to lose results: WHAT="kills disk hang clock damage fuzz random", or some (KILLS=200: all, in full)
 
 .PHONY: lint
-lint: $(SETUP) ## run ruff
+lint: $(SETUP) ## run ruff and mypy
 	$(Q)$(PYTHON) -m ruff check .
+	$(Q)$(PYTHON) -m mypy
 
 bench-steps: ## time and peak memory of a training step of every step, relative to the baseline
 bench-train: ## training speed, MFU, memory and kernels beside a peer model (PEER=/path/model.py, FILE=name.json)
@@ -194,7 +195,7 @@ doctor: ## say what of this machine the configured study needs, whether it is th
 
 .PHONY: clean
 clean: ## remove caches; results and .config stay
-	$(Q)rm -rf .pytest_cache .ruff_cache .hypothesis
+	$(Q)rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	$(Q)find lib gpt2 scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: mrproper

@@ -8,11 +8,17 @@ import copy
 import pkgutil
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from gpt2.kv_cache import NoCache
 from gpt2.rules import kvsplice_width
+
+if TYPE_CHECKING:
+    import torch
+
+    from lib.config import Config
 
 
 @dataclass
@@ -32,7 +38,7 @@ PARTS = {"pruning": "KV_PRUNING_CLASS", "splice": "KVSPLICE_CLASS"}  # what an a
 class Block(nn.Module):
     """[B, T, n_embd] -> [B, T, n_embd]; `layer` counts from 0."""
 
-    def __init__(self, cfg, layer: int):
+    def __init__(self, cfg: "Config", layer: int):
         super().__init__()
         self.ln_1 = nn.LayerNorm(cfg.GPT2_N_EMBD, bias=cfg.GPT2_BIAS)
         self.attn = pkgutil.resolve_name(cfg.ATTENTION_CLASS).from_config(cfg, layer)
@@ -45,7 +51,7 @@ class Block(nn.Module):
             self.mlp = pkgutil.resolve_name(cfg.MLP_CLASS).from_config(cfg, layer)
             self.mlp.meet(self.attn)
 
-    def forward(self, x, cache=None, context: Context | None = None):
+    def forward(self, x: Tensor, cache: Any = None, context: Context | None = None) -> Tensor:
         attended = self.attn(self.ln_1(x), cache, context) if self.attn.on else None
         if attended is not None:
             x = x + attended
@@ -55,7 +61,7 @@ class Block(nn.Module):
         # are one function.
         return x.view_as(x) if attended is None else x
 
-    def new_cache(self, batch_size: int, capacity: int, dtype, device):
+    def new_cache(self, batch_size: int, capacity: int, dtype: "torch.dtype", device: "torch.device") -> Any:
         """The cache of this layer; see gpt2/kv_cache.py."""
         return self.attn.new_cache(batch_size, capacity, dtype, device) if self.attn.on else NoCache()
 
@@ -80,13 +86,13 @@ class Block(nn.Module):
             self.mlp = self.mlp.bake()
 
     @staticmethod
-    def _equip(attention, parts: dict) -> None:
+    def _equip(attention: Any, parts: dict) -> None:
         """Give an attention these parts, by name."""
         for name, part in parts.items():
             setattr(attention, name, part)
 
     @classmethod
-    def extra_parameters(cls, cfg) -> int:
+    def extra_parameters(cls, cfg: "Config") -> int:
         """Parameters of one layer beyond GPT-2's, in closed form; the law of parameter counts compares with it."""
         attention = pkgutil.resolve_name(cfg.ATTENTION_CLASS).extra_parameters(cfg)
         if cfg.KV_PRUNING_CLASS:
@@ -97,12 +103,12 @@ class Block(nn.Module):
         return attention - 2 * width * hidden - cfg.GPT2_BIAS * (hidden + width) - width * (1 + cfg.GPT2_BIAS)
 
     @classmethod
-    def total_extra_parameters(cls, cfg) -> int:
+    def total_extra_parameters(cls, cfg: "Config") -> int:
         """Of all layers, in closed form; a block whose layers differ says how."""
         return cfg.GPT2_N_LAYER * cls.extra_parameters(cfg)
 
     @classmethod
-    def cache_bytes_per_token(cls, cfg, itemsize: int) -> int | Fraction:
+    def cache_bytes_per_token(cls, cfg: "Config", itemsize: int) -> int | Fraction:
         """Cache bytes one layer needs for one token, in closed form; what is not the same for every token is spread."""
         if cfg.KV_PRUNING_CLASS:
             return pkgutil.resolve_name(cfg.KV_PRUNING_CLASS).cache_bytes_per_token(cfg, itemsize)

@@ -14,23 +14,32 @@ its own graph; h_t is that of the same token, so no coupling sees a later one.
 """
 
 import copy
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from gpt2.attention.latent_band import LatentBandAttention
 from gpt2.block import Block, Context
 from gpt2.mlp.latent_band import LatentBandMLP
 
+if TYPE_CHECKING:
+    import torch
+
+    from lib.config import Config
+
 
 class LatentBandBlock(Block):
     """[B, T, n_embd] -> [B, T, n_embd]; its attention is a LatentBandAttention, its MLP a LatentBandMLP."""
 
-    def forward(self, x, cache=None, context: Context | None = None):
+    def forward(self, x: Tensor, cache: Any = None, context: Context | None = None) -> Tensor:
         handed = {} if context is None else context.handed
         attended, latent_keys, weights = self.attn.couple(self.ln_1(x), cache, handed.get("hidden"))
         x = x + attended
         moved, handed["hidden"] = self.mlp.couple(self.ln_2(x), latent_keys, weights, cache)
         return x + moved
 
-    def new_cache(self, batch_size: int, capacity: int, dtype, device):
+    def new_cache(self, batch_size: int, capacity: int, dtype: "torch.dtype", device: "torch.device") -> Any:
         return self.mlp.add_cache(self.attn.new_cache(batch_size, capacity, dtype, device))
 
     def collapse(self) -> "LatentBandBlock":
@@ -38,9 +47,9 @@ class LatentBandBlock(Block):
         return copy.deepcopy(self)
 
     @classmethod
-    def total_extra_parameters(cls, cfg) -> int:
+    def total_extra_parameters(cls, cfg: "Config") -> int:
         return super().total_extra_parameters(cfg) + (cfg.GPT2_N_LAYER - 1) * LatentBandAttention.received_parameters(cfg)
 
     @classmethod
-    def cache_bytes_per_token(cls, cfg, itemsize: int):
+    def cache_bytes_per_token(cls, cfg: "Config", itemsize: int) -> int | Fraction:
         return super().cache_bytes_per_token(cfg, itemsize) + LatentBandMLP.cache_bytes_per_token(cfg, itemsize)

@@ -17,12 +17,16 @@ Source: the legacy lens ablation.
 """
 
 import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from gpt2.block import Block
 from gpt2.mlp.context import ContextMLP
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 ROUTE_START = 2.2
 
@@ -32,17 +36,17 @@ class LensBlock(Block):
 
     gate_parameters = ("route_logit",)
 
-    def __init__(self, cfg, layer: int):
+    def __init__(self, cfg: "Config", layer: int):
         super().__init__(cfg, layer)
         self.route_logit = nn.Parameter(torch.full((1,), ROUTE_START))
         self.conductor = cfg.CONTEXT_CONDUCTOR
 
-    def route(self):
+    def route(self) -> tuple[torch.Tensor, torch.Tensor]:
         """g and 1 - g, each [1], float32 whatever the autocast; the second is no difference, so that it keeps its digits where
         g is almost 1."""
         return torch.sigmoid(self.route_logit), torch.sigmoid(-self.route_logit)
 
-    def forward(self, x, cache=None, context=None):
+    def forward(self, x: torch.Tensor, cache: Any = None, context: Any = None) -> torch.Tensor:
         to_attention, to_mlp = self.route()
         attended = None
         if self.attn.on:
@@ -69,7 +73,7 @@ class LensBlock(Block):
         return plain.train(self.training)
 
     @classmethod
-    def extra_parameters(cls, cfg) -> int:
+    def extra_parameters(cls, cfg: "Config") -> int:
         return super().extra_parameters(cfg) + 1
 
     def stats(self) -> dict:

@@ -20,19 +20,27 @@ Sources: reciprocal-architecture-kvsplice-2025-11-11 (warm-up; there the buffer 
 needs it.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from lib.config import Config
+    from lib.mechanisms import Moment
 
 
 class Coupling(nn.Module):
     """The scale s of one mechanism, a buffer of shape (). `moved` is False as long as s has always been 1."""
 
-    def __init__(self):
+    scale: torch.Tensor
+
+    def __init__(self) -> None:
         super().__init__()
         self.register_buffer("scale", torch.ones(()))
         self.moved = False
 
-    def set(self, scale) -> None:
+    def set(self, scale: Any) -> None:
         """Move it to a number in [0, 1], or to a tensor of shape ()."""
         self.moved = True
         if isinstance(scale, torch.Tensor):
@@ -40,21 +48,21 @@ class Coupling(nn.Module):
         else:
             self.scale.fill_(scale)
 
-    def weight(self, w):
+    def weight(self, w: torch.Tensor) -> torch.Tensor:
         """w_eff of weights that are neutral at 1."""
         return 1 + self.scale * (w - 1) if self.moved else w
 
-    def share(self, alpha):
+    def share(self, alpha: torch.Tensor) -> torch.Tensor:
         """alpha_eff of shares that are neutral at 0."""
         return self.scale * alpha if self.moved else alpha
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.moved = self.moved or not self.scale.is_meta and self.scale.item() != 1
 
 
 @torch.no_grad()
-def set_ra_mlp_coupling_scale(model: nn.Module, scale) -> None:
+def set_ra_mlp_coupling_scale(model: nn.Module, scale: Any) -> None:
     """Set the scale of every mechanism of `model` that has one; `scale` is a number in [0, 1] or a tensor of shape ()."""
     for module in model.modules():
         if isinstance(module, Coupling):
@@ -68,7 +76,11 @@ class CouplingController(nn.Module):
     progress at which it fired (-1: not yet).
     """
 
-    def __init__(self, cfg, blocks: nn.ModuleList):
+    scale: torch.Tensor
+    losses: torch.Tensor
+    fired: torch.Tensor
+
+    def __init__(self, cfg: "Config", blocks: nn.ModuleList):
         super().__init__()
         self.couplings = tuple(module for module in blocks.modules() if isinstance(module, Coupling))
         for coupling in self.couplings:
@@ -84,7 +96,7 @@ class CouplingController(nn.Module):
             self.register_buffer("fired", torch.full((2,), -1.0))
 
     @torch.no_grad()
-    def advance(self, moment) -> bool:
+    def advance(self, moment: "Moment") -> bool:
         """Set the scale for the step that comes next; the loop calls it before every step."""
         if moment.iteration == 0:
             self._begin()
@@ -94,7 +106,7 @@ class CouplingController(nn.Module):
             self._observe(moment)
             steps, progress = moment.iteration + 1 - self.fired[0], moment.progress - self.fired[1]
             ramp = torch.maximum(steps / self.ramp_steps, progress / self.share).clamp(0, 1)
-            scale = ramp.masked_fill(self.fired[0] < 0, 0.0)
+            scale: Any = ramp.masked_fill(self.fired[0] < 0, 0.0)
         elif self.warm_up:
             scale = min(1.0, moment.progress / self.share)
         else:
@@ -110,7 +122,7 @@ class CouplingController(nn.Module):
             self.losses.zero_()
             self.fired.fill_(-1.0)
 
-    def _observe(self, moment) -> None:
+    def _observe(self, moment: "Moment") -> None:
         """Take in the loss of the step before, and fire if the window is full and has settled."""
         if moment.train_loss is None:
             return
@@ -126,7 +138,7 @@ class CouplingController(nn.Module):
         for place, value in enumerate((moment.iteration, moment.progress)):
             self.fired[place].masked_fill_(now, value)  # a number made a tensor would be copied to the device, and waited for
 
-    def _set(self, scale) -> None:
+    def _set(self, scale: Any) -> None:
         if isinstance(scale, torch.Tensor):
             self.scale.copy_(scale)
         else:

@@ -6,7 +6,9 @@ peak memory is the allocator's; on a CPU, which has no such count, it is counted
 
 import time
 import weakref
+from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,11 +21,11 @@ from lib import runtime
 class Live(TorchDispatchMode):
     """Counts the bytes of tensors that are made inside and still live, `now`, and the most there were, `peak`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.now, self.peak, self.known = 0, 0, {}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         found = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(found):
@@ -41,7 +43,7 @@ class Live(TorchDispatchMode):
         self.now -= self.known.pop(where)
 
 
-def peak_bytes(device, call) -> int:
+def peak_bytes(device: torch.device, call: Callable[[], Any]) -> int:
     """Most bytes that `call` held at once beyond what was allocated before it."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -53,7 +55,7 @@ def peak_bytes(device, call) -> int:
     return live.peak
 
 
-def held_bytes(tensors) -> int:
+def held_bytes(tensors: Any) -> int:
     """Bytes of what tensors lie in, each storage once."""
     return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
 
@@ -71,13 +73,13 @@ def floor_share(moved: float, bandwidth: float, seconds: float) -> float:
     return moved / bandwidth / seconds
 
 
-def bandwidth_of(device, megabytes: int, rounds: int = 9) -> float:
+def bandwidth_of(device: torch.device, megabytes: int, rounds: int = 9) -> float:
     """Bytes a second that a large copy on the device reads and writes, the median of `rounds`; on a CPU those that a large sum
     reads, if they are more."""
     source = torch.ones(megabytes * 2 ** 18, device=device)
     target = torch.empty_like(source)
 
-    def rate(number: int, call) -> float:
+    def rate(number: int, call: Callable[[], Any]) -> float:
         call()
         found = []
         for _ in range(rounds):

@@ -28,12 +28,17 @@ and random tokens. Heads have no identity over seeds: head 3 of one seed is not 
 """
 
 from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from gpt2.attention.baseline import causal_mask
+
+if TYPE_CHECKING:
+    from gpt2.model import GPT
 
 METRICS = ("eigmax", "trace", "energy_r16")
 RANK = 16
@@ -45,31 +50,33 @@ LEAK = 1e-5  # of the largest logit: what float32 may differ by between two rows
 class AttentionCalls(TorchFunctionMode):
     """While active, each scaled_dot_product_attention of `model` is answered by `answer(layer, query, key, value, ...)`."""
 
-    def __init__(self, model, answer):
+    def __init__(self, model: "GPT", answer: Callable[..., Any]):
         super().__init__()
-        self.blocks, self.answer, self.layer, self.hooks = model.transformer.h, answer, None, []
+        self.blocks, self.answer, self.hooks = model.transformer.h, answer, []
+        self.layer: int | None = None
 
-    def __enter__(self):
-        def enters(layer):
-            def hook(module, inputs):
+    def __enter__(self) -> Self:
+        def enters(layer: int) -> Callable[..., None]:
+            def hook(module: Any, inputs: Any) -> None:
                 self.layer = layer
             return hook
 
         self.hooks = [block.register_forward_pre_hook(enters(layer)) for layer, block in enumerate(self.blocks)]
         return super().__enter__()
 
-    def __exit__(self, *raised):
+    def __exit__(self, *raised: Any) -> Any:
         for hook in self.hooks:
             hook.remove()
         return super().__exit__(*raised)
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.scaled_dot_product_attention:
             return self.answer(self.layer, *args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
 
-def softmax_rows(query, key, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+def softmax_rows(query: torch.Tensor, key: torch.Tensor, attn_mask: torch.Tensor | None = None, dropout_p: float = 0.0,
+                 is_causal: bool = False, scale: float | None = None) -> torch.Tensor:
     """The weights [B, H, T, S], float64, with which such a call sums its values; without dropout."""
     scores = query.double() @ key.double().mT * (query.size(-1) ** -0.5 if scale is None else scale)
     if is_causal:
@@ -80,12 +87,12 @@ def softmax_rows(query, key, attn_mask=None, dropout_p=0.0, is_causal=False, sca
     return scores.softmax(-1)
 
 
-def covariances(p):
+def covariances(p: torch.Tensor) -> torch.Tensor:
     """Sum over rows of diag(p) - p p^T: p [H, rows, T] -> [H, T, T]."""
     return torch.diag_embed(p.sum(1)) - p.mT @ p
 
 
-def spectrum(matrices) -> dict:
+def spectrum(matrices: torch.Tensor) -> dict:
     """{metric: [H]} of symmetric matrices [H, T, T], float64; an energy without a trace is nan."""
     values = torch.linalg.eigvalsh(matrices).clamp_min(0)  # ascending; below zero by rounding only
     trace = matrices.diagonal(dim1=1, dim2=2).sum(1)
@@ -94,11 +101,11 @@ def spectrum(matrices) -> dict:
 
 
 @torch.no_grad()
-def undefined(model, idx) -> dict[int, str]:
+def undefined(model: "GPT", idx: torch.Tensor) -> dict[int, str]:
     """{layer: why its heads have no p of this form}; idx [1, T] is any window."""
     calls = Counter()
 
-    def silent(layer, query, key, value, *args, **options):
+    def silent(layer: Any, query: torch.Tensor, key: torch.Tensor, value: Any, *args: Any, **options: Any) -> torch.Tensor:
         calls[layer] += 1
         return query.new_zeros(*query.shape[:-1], value.size(-1))
 
@@ -123,11 +130,11 @@ def undefined(model, idx) -> dict[int, str]:
 
 
 @torch.no_grad()
-def mean_matrices(model, windows, layers) -> dict:
+def mean_matrices(model: "GPT", windows: Any, layers: Any) -> dict:
     """{layer: F [H, T, T]} of these layers over windows [n, T]; one window at a time."""
     sums = {}
 
-    def collect(layer, query, key, value, *args, **options):
+    def collect(layer: Any, query: torch.Tensor, key: torch.Tensor, value: Any, *args: Any, **options: Any) -> torch.Tensor:
         if layer in layers:
             p = softmax_rows(query, key, *args, **options)[:, :, 1:].transpose(0, 1).flatten(1, 2)
             sums[layer] = covariances(p) if layer not in sums else sums[layer].add_(covariances(p))
@@ -139,7 +146,7 @@ def mean_matrices(model, windows, layers) -> dict:
     return {layer: total / (windows.size(0) * (windows.size(1) - 1)) for layer, total in sums.items()}
 
 
-def measure(model, windows) -> tuple[dict, dict[int, str]]:
+def measure(model: "GPT", windows: Any) -> tuple[dict, dict[int, str]]:
     """({metric name: number or None} of every head, {layer: why it has none}); windows [n, T] int64 on the model's device.
 
     Names are fisher/layer<l>/head<h>/<metric>. ValueError for windows of fewer than two tokens.

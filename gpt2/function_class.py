@@ -34,7 +34,7 @@ def of_lib() -> frozenset[str]:
     return frozenset(re.findall(r"^config (\w+)", (ROOT / "lib/Kconfig").read_text(), re.M)) - {"VOCAB_SIZE"}
 
 
-def simplest(cfg) -> tuple[Config, str]:
+def simplest(cfg: Config) -> tuple[Config, str]:
     """The simplest configuration known that computes what `cfg` does, and the relation: "equal" or "inside"."""
     changes, inside = {"COUPLING_CONTROLLER": "", "SKIP_CONTROLLER": "", "DIRECTION_CONTROLLER": "", "SKIP_GATES": False}, False
     if cfg.ATTENTION_UNIFIED_RA:
@@ -76,13 +76,13 @@ def simplest(cfg) -> tuple[Config, str]:
     return cfg.replace(**changes), "inside" if inside else "equal"
 
 
-def unset(cfg, prefix: str) -> dict:
+def unset(cfg: Config, prefix: str) -> dict:
     """Every symbol with this prefix as it is in a configuration that does not show it: no value, and no for a bool."""
     return {name: False if isinstance(value, bool) else None
             for name, value in cfg.as_json().items() if name.startswith(prefix)}
 
 
-def key(cfg) -> tuple[tuple, str]:
+def key(cfg: Config) -> tuple[tuple, str]:
     """What two configurations of one function class have in common, hashable, and the relation to that class."""
     simple, relation = simplest(cfg)
     values = simple.as_json()

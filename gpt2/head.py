@@ -12,6 +12,8 @@ gradient of W leaves that sum in the type of W. The backward pass only scales wh
 and many, give the plain loss to rounding.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +23,7 @@ from gpt2.layers import autocast_dtype, full_precision
 IGNORED = -1  # a target that does not count
 
 
-def linear_cross_entropy(x, weight, targets, chunks: int):
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunks: int) -> Tensor:
     """Mean cross-entropy in nats, shape (), of the rows x [N, width] over the vocabulary of weight [V, width]; targets [N].
 
     Autocast applies as to a linear layer. Rows are dealt to `chunks` parts of nearly equal size.
@@ -35,11 +37,11 @@ def linear_cross_entropy(x, weight, targets, chunks: int):
         return total / (targets != IGNORED).sum()
 
 
-def _parts(x, targets, chunks: int):
+def _parts(x: Tensor, targets: Tensor, chunks: int) -> Any:
     return zip(x.chunk(chunks), targets.chunk(chunks), strict=True)
 
 
-def _losses(logits, targets):
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     """-log p of every target, in float32 at least; 0 where it is ignored."""
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, ignore_index=IGNORED,
                            reduction="none")
@@ -52,7 +54,7 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, share: Tensor) -> Tensor:
     return _by_operations(logits, targets, share)
 
 
-def _by_operations(logits, targets, share):
+def _by_operations(logits: Tensor, targets: Tensor, share: Any) -> Tensor:
     exact = logits.to(share.dtype)
     counts, at = targets != IGNORED, targets.clamp(min=0)[:, None]
     level = exact.logsumexp(-1, keepdim=True)
@@ -63,7 +65,7 @@ def _by_operations(logits, targets, share):
 
 
 @softmax_gradient_.register_kernel("cuda")
-def _(logits, targets, share):
+def _(logits: Tensor, targets: Tensor, share: Any) -> Tensor:
     if share.dtype != torch.float32:
         return _by_operations(logits, targets, share)
     from gpt2 import softmax_kernel  # Triton comes with the builds of torch that know a GPU
@@ -71,7 +73,7 @@ def _(logits, targets, share):
 
 
 @softmax_gradient_.register_fake
-def _(logits, targets, share):
+def _(logits: Tensor, targets: Tensor, share: Any) -> Tensor:
     return share.new_empty(logits.size(0))
 
 
@@ -79,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """`linear_cross_entropy` whose forward pass makes the gradients of x and weight too."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunks: int, dtype):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunks: int, dtype: torch.dtype) -> Tensor:
         """Products in `dtype`."""
         exact = torch.promote_types(dtype, torch.float32)
         ctx.types = x.dtype, weight.dtype
@@ -97,6 +99,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return total * share
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scaled = ((kept * grad).to(dtype) for kept, dtype in zip(ctx.saved_tensors, ctx.types, strict=True))
         return *scaled, None, None, None

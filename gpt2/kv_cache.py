@@ -6,21 +6,24 @@ Invariant: after n positions were given, what the cache returns for them is exac
 `codec.width` is k.
 """
 
+from typing import Any
+
 import torch
 
 
 class LayerCache:
     """Keys [batch, heads, capacity, key_dim] and values [batch, heads, capacity, value_dim, or codec.width] of one layer."""
 
-    def __init__(self, batch_size: int, n_head: int, capacity: int, key_dim: int, dtype, device, value_dim: int | None = None,
-                 codec=None):
+    def __init__(self, batch_size: int, n_head: int, capacity: int, key_dim: int, dtype: torch.dtype, device: torch.device,
+                 value_dim: int | None = None,
+                 codec: Any = None):
         shape = (batch_size, n_head, capacity)
         value_dim = key_dim if value_dim is None else value_dim
         self.keys = torch.empty(*shape, key_dim, dtype=dtype, device=device)
         self.values = torch.empty(*shape, value_dim if codec is None else codec.width, dtype=dtype, device=device)
         self.length, self.codec = 0, codec
 
-    def append(self, keys, values):
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store n more positions, [batch, heads, n, key_dim] and [..., value_dim]; returns all so far, in the type given
         (views, where that is the cache's and there is no codec)."""
         end = end_after(self.length, keys.size(2), self.keys.size(2))
@@ -30,7 +33,7 @@ class LayerCache:
         held = self.values[:, :, :end].to(values.dtype)
         return self.keys[:, :, :end].to(keys.dtype), held if self.codec is None else self.codec.decompress(held)
 
-    def tensors(self):
+    def tensors(self) -> tuple[torch.Tensor, ...]:
         return self.keys, self.values
 
     def parts(self) -> dict[str, int]:
@@ -40,11 +43,11 @@ class LayerCache:
 class TokenCache:
     """One vector a token for all heads of a layer, [batch, capacity, width]; what it means, the attention knows."""
 
-    def __init__(self, batch_size: int, capacity: int, width: int, dtype, device):
+    def __init__(self, batch_size: int, capacity: int, width: int, dtype: torch.dtype, device: torch.device):
         self.vectors = torch.empty(batch_size, capacity, width, dtype=dtype, device=device)
         self.length = 0
 
-    def append(self, vectors):
+    def append(self, vectors: torch.Tensor) -> torch.Tensor:
         """Store n more positions, [batch, n, width]; returns all so far, in the type given (a view, where that is the
         cache's)."""
         end = end_after(self.length, vectors.size(1), self.vectors.size(1))
@@ -52,7 +55,7 @@ class TokenCache:
         self.length = end
         return self.vectors[:, :end].to(vectors.dtype)
 
-    def tensors(self):
+    def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.vectors,)
 
     def parts(self) -> dict[str, int]:
@@ -68,8 +71,9 @@ class PrunedCache:
     `length` tokens were given, `filled` slots are taken. Which slots go, and when, the caller says.
     """
 
-    def __init__(self, batch_size: int, n_head: int, capacity: int, key_dim: int, dtype, device, value_dim: int | None = None,
-                 codec=None, *, keep: int, values_only: bool = False):
+    def __init__(self, batch_size: int, n_head: int, capacity: int, key_dim: int, dtype: torch.dtype, device: torch.device,
+                 value_dim: int | None = None,
+                 codec: Any = None, *, keep: int, values_only: bool = False):
         slots = (batch_size, n_head, min(keep, capacity))
         value_dim = key_dim if value_dim is None else value_dim
         self.keys = torch.empty(batch_size, n_head, capacity if values_only else slots[2], key_dim, dtype=dtype, device=device)
@@ -84,7 +88,7 @@ class PrunedCache:
         """ValueError if there is no room for `count` more positions."""
         end_after(self.length, count, self.capacity)
 
-    def append(self, keys, values):
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store n more positions, [batch, heads, n, key_dim] and [..., value_dim], with no importance yet; returns the keys
         held, and the values of all slots taken, in the type given. The n slots must be free."""
         n = keys.size(2)
@@ -99,7 +103,7 @@ class PrunedCache:
         return (self.keys[:, :, :self.length if self.values_only else self.filled].to(keys.dtype),
                 held if self.codec is None else self.codec.decompress(held))
 
-    def retain(self, slots) -> None:
+    def retain(self, slots: torch.Tensor) -> None:
         """Keep only these of the slots taken, int64 [batch, heads, n], ascending: they become the first n."""
         n = slots.size(2)
         for held in self.tensors()[self.values_only:]:
@@ -107,7 +111,7 @@ class PrunedCache:
             held[:, :, :n] = held.gather(2, where)
         self.filled = n
 
-    def tensors(self):
+    def tensors(self) -> tuple[torch.Tensor, ...]:
         return self.keys, self.values, self.position, self.importance
 
     def parts(self) -> dict[str, int]:
@@ -119,7 +123,7 @@ class PrunedCache:
 class NoCache:
     """Of a layer that has no attention: holds nothing."""
 
-    def tensors(self):
+    def tensors(self) -> tuple[torch.Tensor, ...]:
         return ()
 
     def parts(self) -> dict[str, int]:
@@ -155,11 +159,11 @@ def end_after(length: int, count: int, capacity: int) -> int:
     return length + count
 
 
-def nbytes(t) -> int:
+def nbytes(t: torch.Tensor) -> int:
     """Bytes of a tensor's elements."""
     return t.numel() * t.element_size()
 
 
-def position_type(capacity: int):
+def position_type(capacity: int) -> torch.dtype:
     """The smallest integer type for positions below `capacity`."""
     return torch.int16 if capacity <= 2 ** 15 else torch.int32

@@ -34,6 +34,9 @@ import contextlib
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +47,9 @@ from gpt2.rules import kvsplice_width
 from lib import checkpoint
 from lib.errors import UserError
 
+if TYPE_CHECKING:
+    from lib.config import Config
+
 MODES = ("splice", "pca", "off")
 KIND = "kvsplice"
 AGAIN = "move the folder of the cell away and run make again."
@@ -53,7 +59,7 @@ TINY = 2e-38  # a normal number, so that no device flushes it to 0
 class Geometry(nn.Module):
     """A module whose buffers keep their type, also in a model that is cast to bfloat16 or float64."""
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -69,6 +75,10 @@ class PWLSpline(Geometry):
     `knots` and `heights` [K, H, 1, D], K >= 3; `slopes` [K - 1, H, 1, D] follow from them. It starts as the identity.
     """
 
+    knots: torch.Tensor
+    heights: torch.Tensor
+    slopes: torch.Tensor
+
     def __init__(self, heads: int, channels: int, knots: int):
         super().__init__()
         if knots < 3:
@@ -79,7 +89,7 @@ class PWLSpline(Geometry):
         self.register_buffer("slopes", torch.ones_like(at[1:]))
 
     @torch.no_grad()
-    def set(self, knots, heights) -> None:
+    def set(self, knots: torch.Tensor, heights: torch.Tensor) -> None:
         """Go through these points. ValueError unless both increase strictly, in float32 too."""
         for name, points in (("knots", knots), ("heights", heights)):
             if not (points.float().diff(dim=0) > 0).all():
@@ -88,14 +98,14 @@ class PWLSpline(Geometry):
         for buffer, value in ((self.knots, knots), (self.heights, heights), (self.slopes, slopes)):
             buffer.copy_(value)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return piecewise(x, self.knots, self.heights, self.slopes)
 
-    def inverse(self, y):
+    def inverse(self, y: torch.Tensor) -> torch.Tensor:
         return piecewise(y, self.heights, self.knots, 1 / self.slopes)
 
 
-def piecewise(x, knots, heights, slopes):
+def piecewise(x: torch.Tensor, knots: torch.Tensor, heights: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
     """The line through (knots, heights) at x; K - 1 `slopes`, of which the end ones go on for ever.
 
     `threshold` is `relu` with the gradient 1 at 0: a knot belongs to the piece on its right.
@@ -122,6 +132,12 @@ class KVSplice(Geometry):
     The full forward pass calls the module itself, so a forward pre-hook sees every value.
     """
 
+    mean: torch.Tensor
+    centre: torch.Tensor
+    basis: torch.Tensor
+    pca_basis: torch.Tensor
+    fitted: torch.Tensor
+
     def __init__(self, heads: int, head_dim: int, k: int, knots: int = 7):
         super().__init__()
         self.heads, self.head_dim, self.k, self.mode = heads, head_dim, k, MODES[0]
@@ -133,7 +149,7 @@ class KVSplice(Geometry):
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
 
     @classmethod
-    def from_config(cls, cfg, layer: int = 0):
+    def from_config(cls, cfg: "Config", layer: int = 0) -> Self:
         return cls(1 if cfg.KVSPLICE_SHARED else cfg.GPT2_N_HEAD, cfg.GPT2_N_EMBD // cfg.GPT2_N_HEAD, kvsplice_width(cfg),
                    cfg.KVSPLICE_KNOTS)
 
@@ -146,7 +162,7 @@ class KVSplice(Geometry):
         """Resolved integers, for metrics.json."""
         return {"kvsplice_k": self.k}
 
-    def compress(self, v):
+    def compress(self, v: torch.Tensor) -> torch.Tensor:
         """[..., H, T, D] -> [..., H, T, width], of the same type."""
         if self.mode == "off":
             return v
@@ -158,7 +174,7 @@ class KVSplice(Geometry):
                 code = (self.spline(x) - self.centre) @ self.basis.to(x.dtype)
         return code.to(v.dtype)
 
-    def decompress(self, code):
+    def decompress(self, code: torch.Tensor) -> torch.Tensor:
         """[..., H, T, width] -> [..., H, T, D], of the same type."""
         if self.mode == "off":
             return code
@@ -171,12 +187,13 @@ class KVSplice(Geometry):
             v = x + self.mean
         return v.to(code.dtype)
 
-    def forward(self, v):
+    def forward(self, v: torch.Tensor) -> torch.Tensor:
         """What a cache would give back for v [..., H, T, D]."""
         return self.decompress(self.compress(v))
 
     @torch.no_grad()
-    def set(self, mean, knots, heights, centre, basis, pca_basis) -> None:
+    def set(self, mean: torch.Tensor, knots: torch.Tensor, heights: torch.Tensor, centre: torch.Tensor, basis: torch.Tensor,
+            pca_basis: torch.Tensor) -> None:
         """Take a fitted geometry over; shapes as in the buffers."""
         self.spline.set(knots, heights)
         for buffer, value in ((self.mean, mean), (self.centre, centre), (self.basis, basis), (self.pca_basis, pca_basis)):
@@ -184,7 +201,7 @@ class KVSplice(Geometry):
         self.fitted.fill_(True)
 
 
-def cosines(channels: int, k: int):
+def cosines(channels: int, k: int) -> torch.Tensor:
     """The first k of the orthonormal cosines over `channels` points, [channels, k]. Every entry of a value is in their sum,
     where unit vectors would leave channels without gradient."""
     point = (torch.arange(channels, dtype=torch.float64) + 0.5) / channels
@@ -198,7 +215,7 @@ def codecs(model: nn.Module) -> list[KVSplice]:
 
 
 @contextlib.contextmanager
-def codec_mode(model: nn.Module, mode: str):
+def codec_mode(model: nn.Module, mode: str) -> Iterator[None]:
     """All codecs of `model` in one of MODES, and afterwards as before. A cache belongs to the mode it was made in."""
     if mode not in MODES:
         raise ValueError(f"a codec has no mode '{mode}', only {', '.join(MODES)}")
@@ -212,12 +229,12 @@ def codec_mode(model: nn.Module, mode: str):
             codec.mode = was
 
 
-def bypassed(model: nn.Module):
+def bypassed(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """A context in which `model` computes as if it had no codec."""
     return codec_mode(model, "off")
 
 
-def save(path, model: nn.Module, *, step: str, seed: int, identity: str, report: dict | None = None) -> None:
+def save(path: Path, model: nn.Module, *, step: str, seed: int, identity: str, report: dict | None = None) -> None:
     """Write the fitted geometry of every layer to `path`, whole or not at all.
 
     `identity` says whose values it was fitted to (`fingerprint`); `step` and `seed` say it to a reader, `report` is what the
@@ -237,7 +254,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest({}, {name: p.detach().cpu() for name, p in model.named_parameters()})
 
 
-def load(path, model: nn.Module, *, identity: str) -> dict:
+def load(path: Path, model: nn.Module, *, identity: str) -> dict:
     """Put what `save` wrote into the codecs of `model` and return the file's header: kind, layers, head_dim, k, knots,
     geometries, step, seed, identity, report.
 
@@ -251,7 +268,7 @@ def load(path, model: nn.Module, *, identity: str) -> dict:
     return header
 
 
-def verify(path, model: nn.Module) -> None:
+def verify(path: Path, model: nn.Module) -> None:
     """UserError if what `path` holds is not what the codecs of `model` hold, to the last bit, or cannot be read."""
     header, tensors = _read(path, codecs(model))
     for codec, fit in zip(codecs(model), tensors, strict=True):
@@ -260,7 +277,7 @@ def verify(path, model: nn.Module) -> None:
                             AGAIN)
 
 
-def _read(path, held: list[KVSplice]) -> tuple[dict, list[dict]]:
+def _read(path: Path, held: list[KVSplice]) -> tuple[dict, list[dict]]:
     """Header and, by layer, the codec's tensors of a file that `save` wrote for codecs like these."""
     content = checkpoint.load(path)
     header = content.get("header")

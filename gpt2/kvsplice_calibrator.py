@@ -22,6 +22,8 @@ Everything random comes from one stream keyed by (cell_seed, "kvsplice"), drawn 
 
 import itertools
 import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -32,6 +34,9 @@ from lib import process
 from lib.errors import UserError
 from lib.mechanisms import layer_number
 from lib.streams import cell_seed, stream_seed
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 ROWS_PER_CHANNEL = 2000
 LEVELS = (0.02, 0.98)
@@ -52,17 +57,18 @@ class Reservoir:
     def __init__(self, count: int, seed: int):
         self.count, self.generator = count, torch.Generator().manual_seed(seed)
         self.keys = torch.empty(0, dtype=torch.float64)
-        self._rows = self._labels = None
+        self._rows: torch.Tensor | None = None
+        self._labels: torch.Tensor | None = None
 
     @property
-    def rows(self):
+    def rows(self) -> torch.Tensor:
         return self._rows[:, :len(self.keys)]
 
     @property
-    def labels(self):
+    def labels(self) -> torch.Tensor:
         return self._labels[:len(self.keys)]
 
-    def offer(self, rows, label: int = 0) -> None:
+    def offer(self, rows: torch.Tensor, label: int = 0) -> None:
         """rows [G, n, D]."""
         if self._rows is None:
             self._rows = torch.empty(rows.size(0), self.count, rows.size(2))
@@ -83,12 +89,12 @@ class Reservoir:
 class KVSpliceCalibrator:
     """Fits every KVSplice of a model built from `cfg`."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: "Config"):
         self.samples, self.max_batches, self.shared = cfg.KVSPLICE_SAMPLES, cfg.KVSPLICE_MAX_BATCHES, cfg.KVSPLICE_SHARED
         self.epochs, self.lr = cfg.KVSPLICE_EPOCHS, cfg.KVSPLICE_LR
         self.seed = stream_seed(cell_seed(cfg), "kvsplice")
 
-    def fit(self, model: nn.Module, batches) -> dict:
+    def fit(self, model: nn.Module, batches: Iterable[Any]) -> dict:
         """Sample the values of `model` on `batches` (an iterable of token ids [B, T]), fit, and set its codecs.
 
         Runs under the caller's autocast, as the model itself would. Returns what metrics.json may hold: `rows`, the sample's
@@ -98,7 +104,7 @@ class KVSpliceCalibrator:
         UserError if no layer attends.
         """
         held = {layer_number(name): module for name, module in model.named_modules() if isinstance(module, KVSplice)}
-        found = {"rows": 0, "layers": []}
+        found: dict[str, Any] = {"rows": 0, "layers": []}
         for layers, reservoir in self.collect(model, held, batches):
             rows, labels = reservoir.rows, reservoir.labels
             if not rows.isfinite().all():
@@ -122,7 +128,7 @@ class KVSpliceCalibrator:
         return found
 
     @torch.no_grad()
-    def collect(self, model: nn.Module, held: dict[int, KVSplice], batches) -> list[tuple[list[int], Reservoir]]:
+    def collect(self, model: nn.Module, held: dict[int, KVSplice], batches: Iterable[Any]) -> list[tuple[list[int], Reservoir]]:
         """The sampled values: [(layers, reservoir)], one pair a layer, or one in all where the geometry is shared. A layer
         that does not attend is in none."""
         count = min(self.samples, ROWS_PER_CHANNEL * next(iter(held.values())).k)
@@ -130,8 +136,8 @@ class KVSpliceCalibrator:
         reservoirs = {layer: common if self.shared else Reservoir(count, self.seed) for layer in held}
         seen = []
 
-        def observe(layer):
-            def hook(_, arguments):
+        def observe(layer: int) -> Callable[..., None]:
+            def hook(_: Any, arguments: Any) -> None:
                 (v,) = arguments  # [B, H, T, D]
                 rows = v.flatten(0, 2)[None] if self.shared else v.transpose(0, 1).flatten(1, 2)
                 reservoirs[layer].offer(rows, layer)
@@ -164,7 +170,8 @@ def parts(count: int) -> tuple[int, int]:
     return count - 2 * tenth, count - tenth
 
 
-def fit_geometry(rows, choosing, k: int, knots: int, epochs: int, lr: float, generator) -> tuple[dict, dict]:
+def fit_geometry(rows: torch.Tensor, choosing: torch.Tensor, k: int, knots: int, epochs: int, lr: float,
+                 generator: torch.Generator) -> tuple[dict, dict]:
     """The geometry of `rows` [G, n, D] (arguments of KVSplice.set), chosen by `choosing` [G, m, D]; and how many of the G
     keep plain PCA or come from either start."""
     with full_precision(rows), torch.enable_grad():
@@ -207,7 +214,7 @@ def better_of(best: dict | None, new: dict) -> dict:
     return best
 
 
-def place_knots(x, mean, knots: int):
+def place_knots(x: torch.Tensor, mean: torch.Tensor, knots: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Knots [K, G, 1, D] of centred rows x [G, n, D], in their unit, and the w [K - 1, G, 1, D] at which the heights are the
     normal distribution's quantiles."""
     scale = x.double().std(1, keepdim=True, correction=0)
@@ -223,13 +230,13 @@ def place_knots(x, mean, knots: int):
     return (z * scale).float(), w.float()
 
 
-def quantiles(x, levels):
+def quantiles(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """Of rows x [G, n, D], interpolated, [levels, G, D]. torch.quantile refuses tensors of this size."""
     ordered, at = x.sort(1).values.transpose(0, 1), levels * (x.size(1) - 1)
     return torch.lerp(ordered[at.floor().long()], ordered[at.ceil().long()], at.frac()[:, None, None])
 
 
-def lines(knots, w):
+def lines(knots: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Heights [K, ...] and slopes [K - 1, ...] of the splines with these knots and w; the middle knot stays."""
     slopes = torch.exp(LOG_RANGE * torch.tanh(w / LOG_RANGE))
     heights = torch.cat([torch.zeros_like(slopes[:1]), (slopes * knots.diff(dim=0)).cumsum(0)])
@@ -237,7 +244,7 @@ def lines(knots, w):
     return heights - heights[middle] + knots[middle], slopes
 
 
-def principal(u, k: int):
+def principal(u: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean [..., 1, D] and first k principal directions [..., D, k] of rows u [..., n, D], each of a sign of its own: its
     largest entry is positive, on every machine."""
     centre = u.double().mean(-2, keepdim=True)
@@ -247,7 +254,8 @@ def principal(u, k: int):
     return centre.float(), (basis * largest.sign()).float()
 
 
-def squared_error(x, knots, w, centre, basis):
+def squared_error(x: torch.Tensor, knots: torch.Tensor, w: torch.Tensor, centre: torch.Tensor,
+                  basis: torch.Tensor) -> torch.Tensor:
     """|x - x'|^2 of rows x [G, n, D] through the splines and the projection, averaged over rows, [2, G]."""
     heights, slopes = lines(knots, w)
     u = (piecewise(x, knots, heights, slopes) - centre) @ basis @ basis.mT + centre
@@ -255,7 +263,7 @@ def squared_error(x, knots, w, centre, basis):
 
 
 @torch.no_grad()
-def measured(codec: KVSplice, rows) -> dict:
+def measured(codec: KVSplice, rows: torch.Tensor) -> dict:
     """Reconstruction of rows [G, n, D] by a codec and by plain PCA."""
     found, v = {}, rows.double()
     energy, spread = v.square().sum().item(), (v - v.mean(1, keepdim=True)).square().sum().item()

@@ -12,6 +12,7 @@ import io
 import math
 import pkgutil
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ import torch.nn.functional as F
 from gpt2.function_class import simplest
 from gpt2.model import GPT, expected_parameters
 from lib import optimizers
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 SMALL = {"GPT2_N_LAYER": 2, "VOCAB_SIZE": 512, "GPT2_BLOCK_SIZE": 32, "STREAMS": 0}
 BATCH = 1  # `causality` adds rows, and so shows that rows do not see each other
@@ -31,12 +35,12 @@ class Subject:
     """A step under test. `reference` is the baseline's start; None for the baseline itself."""
 
     step: str
-    cfg: object
+    cfg: "Config"
     equals: str | None = None
     reference: "Subject | None" = None
     depth: dict = field(default_factory=lambda: dict(SMALL))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.small = self.cfg.replace(**self.depth)
         with torch.device("meta"):
             self.full = GPT(self.cfg)
@@ -59,22 +63,22 @@ class Subject:
         return self.full.new_cache(1, dtype=torch.bfloat16).nbytes()
 
     @torch.no_grad()
-    def logits(self, x, cache=None):
+    def logits(self, x: torch.Tensor, cache: Any = None) -> torch.Tensor:
         return self.model.eval()(x, cache=cache)[0]
 
 
-def parameter_count(s: Subject):
+def parameter_count(s: Subject) -> str | None:
     found, expected = s.parameters, expected_parameters(s.cfg)
     return None if found == expected else f"the full model has {found} parameters, its formula says {expected}"
 
 
-def cache_bytes(s: Subject):
+def cache_bytes(s: Subject) -> str | None:
     layer = pkgutil.resolve_name(s.cfg.BLOCK_CLASS).cache_bytes_per_token(s.cfg, itemsize=2)
     found, expected = s.cache_bytes, s.cfg.GPT2_N_LAYER * s.cfg.GPT2_BLOCK_SIZE * layer
     return None if found == expected else f"the cache holds {found} bytes, its formula says {expected}"
 
 
-def same_start(s: Subject):
+def same_start(s: Subject) -> str | None:
     """Equal starting points: what has the baseline's name and shape starts with the baseline's numbers."""
     for name, tensor in s.start.items():
         other = s.reference.start.get(name) if s.reference else None
@@ -83,7 +87,7 @@ def same_start(s: Subject):
     return None
 
 
-def differs(s: Subject):
+def differs(s: Subject) -> str | None:
     """A step differs from the baseline in its parameters or its function, unless it declares to equal it."""
     if s.reference is None:
         return None
@@ -95,14 +99,14 @@ def differs(s: Subject):
     return f"it declares to equal {s.equals}, but differs from it" if declared and not same else None
 
 
-def initial_loss(s: Subject):
+def initial_loss(s: Subject) -> str | None:
     loss = F.cross_entropy(s.start_logits.flatten(0, 1), s.y.flatten()).item()
     expected = math.log(s.small.VOCAB_SIZE)
     return None if abs(loss - expected) < 0.5 else f"the loss starts at {loss:.3f}, far from ln(vocabulary) = {expected:.3f}"
 
 
 @torch.no_grad()
-def causality(s: Subject):
+def causality(s: Subject) -> str | None:
     """No output at t depends on a token after t: rows that differ only after a border agree up to it."""
     T = s.x.size(1)
     borders = torch.tensor([0, T // 2, T - 2])
@@ -120,7 +124,7 @@ def causality(s: Subject):
     return None if worst <= TOLERANCE else f"in train mode, outputs up to position {T // 2} move by {worst:.1e}"
 
 
-def decoding(s: Subject):
+def decoding(s: Subject) -> str | None:
     """Decoding with a cache, in chunks and single tokens, equals the full forward pass."""
     cache, parts, at = s.model.new_cache(BATCH, dtype=torch.float32), [], 0
     for size in (*CHUNKS, s.x.size(1) - sum(CHUNKS)):
@@ -130,7 +134,7 @@ def decoding(s: Subject):
     return None if worst <= TOLERANCE else f"cached decoding differs from the full forward pass by {worst:.1e}"
 
 
-def gradients(s: Subject):
+def gradients(s: Subject) -> str | None:
     """Every parameter gets a finite gradient, in every row; declared exceptions are elements that cannot get one."""
     exempt = {f"{prefix}.{name}": part for prefix, module in s.model.named_modules() if hasattr(module, "dead_elements")
               for name, part in module.dead_elements().items()}
@@ -151,7 +155,7 @@ def gradients(s: Subject):
     return None
 
 
-def optimizer_step(s: Subject):
+def optimizer_step(s: Subject) -> str | None:
     """One step of the study's optimizer moves every parameter and keeps it finite. Needs `gradients` before it."""
     optimizers.build(s.model, s.small).step()
     for name, p in s.model.named_parameters():
@@ -162,7 +166,7 @@ def optimizer_step(s: Subject):
     return None
 
 
-def save_and_load(s: Subject):
+def save_and_load(s: Subject) -> str | None:
     """The trained state, written and read back into a new model, computes the same bits."""
     file = io.BytesIO()
     torch.save(s.model.state_dict(), file)
@@ -178,7 +182,7 @@ def save_and_load(s: Subject):
 
 
 @torch.no_grad()
-def function_class(s: Subject):
+def function_class(s: Subject) -> str | None:
     """The trained model, collapsed, is the simplest configuration's model in every tensor and computes the same logits."""
     plain = s.model.collapse()
     with torch.device("meta"):

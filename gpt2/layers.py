@@ -9,6 +9,7 @@ nothing. Biases start at 0, norms at 1, and a mechanism's own constants (gates, 
 import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,15 +33,15 @@ class Linear(nn.Linear):
         self.init_std, self.drawn, self.rows = init_std, out_features, rows
         super().__init__(in_features, out_features if rows is None else len(rows), bias=bias)
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
 
 
-def linear(x, weight, bias=None):
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x weight^T + bias, as F.linear. Of a single row, a compiler is given the bias apart: it then makes one kernel of the
     product and of what stands around it, where a library's is made for many rows."""
     if bias is not None and x.numel() == x.size(-1) and torch.compiler.is_compiling():
@@ -48,13 +49,13 @@ def linear(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
-def autocast_dtype(device) -> torch.dtype | None:
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The type in which autocast takes products on this device; None without it."""
     known = device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if known else None
 
 
-def full_precision(x):
+def full_precision(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """A context without autocast for what is done to x."""
     known = x.device.type in AUTOCAST_DEVICES
     return torch.autocast(x.device.type, enabled=False) if known else contextlib.nullcontext()
@@ -65,7 +66,7 @@ class Embedding(nn.Embedding):
 
     init_std = INIT_STD
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         pass
 
 
@@ -77,7 +78,7 @@ def residual_std(n_layer: int) -> float:
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int) -> None:
     """Draw every weight of `model` that has an `init_std`, in place, as the module docstring says."""
-    def draw(name: str, parameter, module) -> None:
+    def draw(name: str, parameter: Any, module: Any) -> None:
         generator = torch.Generator().manual_seed(stream_seed(seed, "init", name))
         rows = getattr(module, "rows", None)
         shape = parameter.shape if rows is None else (module.drawn, *parameter.shape[1:])

@@ -10,6 +10,8 @@ no output at position t depends on a token after t; decoding with a cache equals
 
 import copy
 import pkgutil
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +25,13 @@ from gpt2.recompute import allow_in_programs, recomputed
 from gpt2.rules import hidden_width
 from lib.streams import cell_seed
 
+if TYPE_CHECKING:
+    from lib.config import Config
+
 VOCAB_MULTIPLE = 64  # matmuls like it; the ids above the vocabulary are never targets and never sampled
 
 
-def padded_vocabulary(cfg) -> int:
+def padded_vocabulary(cfg: "Config") -> int:
     """Rows of the token embedding: the vocabulary rounded up to VOCAB_MULTIPLE."""
     return -(-cfg.VOCAB_SIZE // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
@@ -37,7 +42,9 @@ CONTROLLERS = ("coupling", "skip", "direction")  # each named by <NAME>_CONTROLL
 class GPT(nn.Module):
     """The model of one cell. `cfg` is a lib.config.Config (or anything with its attributes)."""
 
-    def __init__(self, cfg):
+    transformer: Any  # a ModuleDict, by the names of nanoGPT
+
+    def __init__(self, cfg: "Config"):
         super().__init__()
         self.block_size, self.vocab_size = cfg.GPT2_BLOCK_SIZE, cfg.VOCAB_SIZE
         self.loss_chunks = cfg.LOSS_CHUNKS
@@ -64,7 +71,8 @@ class GPT(nn.Module):
         if self.transformer.wte.weight.device.type != "meta":
             init_weights(self, cell_seed(cfg))
 
-    def forward(self, idx, targets=None, cache: KVCache | None = None, last: bool = False):
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, cache: KVCache | None = None,
+                last: bool = False) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Logits [B, T, padded vocabulary] (None with targets, if they were made in chunks) and the mean cross-entropy in nats
         (None without targets).
 
@@ -89,7 +97,7 @@ class GPT(nn.Module):
             cache.length += T
         return self.finish(x[:, -1:] if last else x, targets)
 
-    def finish(self, x, targets):
+    def finish(self, x: torch.Tensor, targets: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The last norm, the tied head, and the loss if there are targets: logits and loss of `forward`."""
         x = self.transformer.ln_f(x)
         if targets is None:
@@ -104,9 +112,9 @@ class GPT(nn.Module):
         model takes to compile, for Python between the blocks and a little more memory traffic."""
         for block in self.transformer.h:
             block.compile(dynamic=False)
-        self.finish = torch.compile(self.finish, dynamic=False)
+        self.finish = torch.compile(self.finish, dynamic=False)  # type: ignore[method-assign]  # in its place
 
-    def new_cache(self, batch_size: int, capacity: int | None = None, dtype=None) -> KVCache:
+    def new_cache(self, batch_size: int, capacity: int | None = None, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `batch_size` sequences of up to `capacity` (default: the context) tokens, of type `dtype`
         (default: KV_CACHE_DTYPE, or that of the weights)."""
         weight = self.transformer.wte.weight
@@ -114,12 +122,14 @@ class GPT(nn.Module):
         return KVCache([block.new_cache(batch_size, capacity, dtype or self.cache_dtype or weight.dtype, weight.device)
                         for block in self.transformer.h])
 
-    def generate(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, generator=None):
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+                 generator: torch.Generator | None = None) -> torch.Tensor:
         """Continue idx [B, T] by `max_new_tokens` sampled tokens; returns both. See `stream`."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, generator)], 1)
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None, generator=None):
+    def stream(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+               generator: torch.Generator | None = None) -> Iterator[torch.Tensor]:
         """Yield `max_new_tokens` sampled tokens [B, 1] that continue idx [B, T], each once it is known (temperature 0: the
         likeliest; `top_k` beyond the vocabulary is all of it).
 
@@ -157,7 +167,7 @@ class GPT(nn.Module):
         return self
 
 
-def pick(logits, temperature: float, top_k: int | None, generator):
+def pick(logits: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> torch.Tensor:
     """One token a row, [B, 1], drawn from logits [B, vocabulary]."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
@@ -168,7 +178,7 @@ def pick(logits, temperature: float, top_k: int | None, generator):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
-def expected_parameters(cfg) -> int:
+def expected_parameters(cfg: "Config") -> int:
     """Parameters in closed form: GPT-2's, plus what each mechanism says it adds to a layer."""
     E, L, bias = cfg.GPT2_N_EMBD, cfg.GPT2_N_LAYER, cfg.GPT2_BIAS
     d_ff = hidden_width(cfg)

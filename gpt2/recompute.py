@@ -11,6 +11,8 @@ it) is the first one's. Otherwise a graph of the second pass would live on, and 
 Source: gradient checkpointing, arXiv 1604.06174.
 """
 
+from typing import Any
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -25,7 +27,7 @@ def allow_in_programs() -> None:
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
 
 
-def recomputed(block, x, context: Context, draws: bool):
+def recomputed(block: torch.nn.Module, x: torch.Tensor, context: Context, draws: bool) -> Any:
     """block(x) [B, T, n_embd] in training, without a cache; `context` is that of the pass. `draws` says whether the block draws
     random numbers (dropout): a state of the generators that is kept cannot be part of a CUDA graph."""
     run = _run if torch.compiler.is_compiling() else _leaving_no_second_trace()
@@ -34,16 +36,16 @@ def recomputed(block, x, context: Context, draws: bool):
     return x
 
 
-def _run(block, x, embedding, handed: dict):
+def _run(block: Any, x: torch.Tensor, embedding: torch.Tensor, handed: dict) -> Any:
     own = Context(embedding, dict(handed))
     return block(x, None, own), own.handed
 
 
-def _leaving_no_second_trace():
+def _leaving_no_second_trace() -> Any:
     """`_run` whose later calls leave the attributes of the block's modules as they were."""
     again = False
 
-    def run(block, *inputs):
+    def run(block: Any, *inputs: Any) -> Any:
         nonlocal again
         kept = [(module, dict(vars(module))) for module in block.modules()] if again else []
         again = True

@@ -5,9 +5,13 @@ Also the sizes that follow from symbols: `hidden_width`, and `resolve_size`, the
 """
 
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from lib.errors import UserError
 from lib.schedule import Budget
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 
 def resolve_size(value: Fraction, whole: int) -> int:
@@ -15,38 +19,38 @@ def resolve_size(value: Fraction, whole: int) -> int:
     return max(1, round(value * whole)) if value < 1 else int(value)
 
 
-def hidden_width(cfg) -> int:
+def hidden_width(cfg: "Config") -> int:
     """d_ff, the hidden width of the MLP."""
     return cfg.GPT2_MLP_EXPANSION * cfg.GPT2_N_EMBD
 
 
-def latent_width(cfg) -> int:
+def latent_width(cfg: "Config") -> int:
     """L, the channels of a latent of MLA."""
     return resolve_size(cfg.MLA_D_LATENT, cfg.GPT2_N_EMBD)
 
 
-def splice_width(cfg) -> int:
+def splice_width(cfg: "Config") -> int:
     """L', the channels of a latent that the learned KVSplice has compressed."""
     return resolve_size(cfg.MLA_KVSPLICE_D, cfg.GPT2_N_EMBD)
 
 
-def kv_block(cfg) -> int:
+def kv_block(cfg: "Config") -> int:
     """b, the tokens of a block of KV pruning."""
     return resolve_size(cfg.KV_BLOCK, cfg.GPT2_BLOCK_SIZE)
 
 
-def kv_keep(cfg) -> int:
+def kv_keep(cfg: "Config") -> int:
     """k, the tokens that KV pruning keeps; the context or more keeps all."""
     return resolve_size(cfg.KV_KEEP_RATIO, cfg.GPT2_BLOCK_SIZE)
 
 
-def kvsplice_width(cfg) -> int:
+def kvsplice_width(cfg: "Config") -> int:
     """Channels of a stored value of one head."""
     width = cfg.GPT2_N_EMBD // cfg.GPT2_N_HEAD
     return resolve_size(cfg.KVSPLICE_K, width) if cfg.KVSPLICE else width
 
 
-def check(cfg) -> None:
+def check(cfg: "Config") -> None:
     """Raise UserError for symbols that do not fit together."""
     heads, width = cfg.GPT2_N_HEAD, cfg.GPT2_N_EMBD
     if width % heads:
@@ -112,7 +116,7 @@ def check(cfg) -> None:
                         "set SAVE_MODEL=y in make menuconfig, or leave out the steps that start from another's model.")
 
 
-def check_pruning(cfg) -> None:
+def check_pruning(cfg: "Config") -> None:
     """Raise UserError for a KV pruning that cannot be: too few tokens, or a share to learn where nothing is dropped."""
     keep, block, context = kv_keep(cfg), kv_block(cfg), cfg.GPT2_BLOCK_SIZE
     if keep < 2 * block:
@@ -129,7 +133,7 @@ def counted(tokens: int) -> str:
     return f"{tokens} token{'s' * (tokens != 1)}"
 
 
-def warnings(cfg) -> list[str]:
+def warnings(cfg: "Config") -> list[str]:
     """What of a resolved configuration cannot act within its budget, a sentence each; the plan shows them.
 
     A mechanism that acts only after a number of steps adds its sentence here, and `inactive()` to its module, which says

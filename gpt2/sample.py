@@ -16,7 +16,9 @@ import codecs
 import os
 import sys
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # run as a script, Python puts gpt2/ there, and modules would be found under two names
@@ -24,6 +26,11 @@ sys.path[0] = str(ROOT)  # run as a script, Python puts gpt2/ there, and modules
 from lib.config import Study  # noqa: E402
 from lib.errors import UserError, reported  # noqa: E402
 from lib.paths import shown  # noqa: E402
+
+if TYPE_CHECKING:
+
+    from gpt2.model import GPT
+    from lib.config import Config
 
 MARK = "<|endoftext|>"
 LIMIT = 2 ** 63  # of a generator's seed, and beyond what anybody means by the others
@@ -44,7 +51,7 @@ class Bytes:
 class GPT2Tokens:
     """GPT-2's byte-pair encoding; its files must be cached or named by TIKTOKEN_GPT2_DIR (lib/data/prepare.py)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         from lib.data.prepare import END_OF_TEXT, gpt2_encoding
 
         try:
@@ -68,7 +75,7 @@ TOKENIZERS = {"bytes": Bytes, "gpt2": GPT2Tokens}
 class Text:
     """Tokens to text as they come: a character is given once its last byte is there."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -104,7 +111,7 @@ def study_folder(step: str | None) -> Path:
     return plan.out / done.name
 
 
-def load_model(folder: Path, device: str):
+def load_model(folder: Path, device: str) -> "tuple[GPT, Config]":
     """(the model of a cell on its device, its configuration)."""
     if not (folder / ".config").is_file():
         raise UserError(f"{shown(folder)} is no cell: it has no .config.",
@@ -123,11 +130,12 @@ def load_model(folder: Path, device: str):
     return model.to(where).eval().bake(), cfg
 
 
-def write(model, cfg, prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int, stop: bool, say) -> None:
+def write(model: "GPT", cfg: "Config", prompt: str, tokens: int, temperature: float, top_k: int | None, seed: int,
+          stop: bool, say: Callable[[str], None]) -> None:
     """Give the prompt and `tokens` more to `say`, piece by piece."""
     import torch
 
-    tokenizer = TOKENIZERS[cfg.TOKENIZER]()
+    tokenizer: Any = TOKENIZERS[cfg.TOKENIZER]()
     given = tokenizer.ids(prompt)
     if len(given) > model.block_size:
         raise UserError(f"the prompt has {len(given)} tokens, more than the context of {model.block_size}.", "shorten it.")
@@ -139,7 +147,7 @@ def write(model, cfg, prompt: str, tokens: int, temperature: float, top_k: int |
     for new in model.stream(idx, tokens, temperature, top_k, torch.Generator(device).manual_seed(seed)):
         if stop and new.item() == tokenizer.mark:
             break
-        say(text.of(new.item()))
+        say(text.of(int(new.item())))
     say(text.of(None) + "\n")
 
 
@@ -170,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    sys.stdout.reconfigure(errors="replace")  # a terminal of another encoding
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal of another encoding
     write(model, cfg, args.prompt, args.tokens, args.temperature, args.top_k, args.seed, args.stop, say)
 
 

@@ -17,8 +17,14 @@ later soft form skipped nothing; that layers learn to be skipped, and that 20-30
 logit that starts at 2 must lose 2 before anything is saved, which the loss alone does not ask for: see SKIP_PENALTY.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from lib.config import Config
+    from lib.mechanisms import Moment
 
 NEUTRAL = 2.0
 LOOKS = 3
@@ -32,6 +38,9 @@ class SkipGate(nn.Module):
 
     structure_parameters = ("logit",)
 
+    off: torch.Tensor
+    low: torch.Tensor
+
     def __init__(self, cost: int, start: float = NEUTRAL):
         super().__init__()
         self.cost, self.on = cost, True
@@ -39,11 +48,11 @@ class SkipGate(nn.Module):
         self.register_buffer("off", torch.zeros((), dtype=torch.bool))
         self.register_buffer("low", torch.zeros((), dtype=torch.int64))  # looks in a row at which it was below one half
 
-    def factor(self):
+    def factor(self) -> torch.Tensor:
         """What the path is multiplied by, [1]."""
         return torch.sigmoid(self.logit) / torch.sigmoid(torch.full_like(self.logit, NEUTRAL))
 
-    def value(self):
+    def value(self) -> torch.Tensor:
         """sigmoid(logit), of shape (); 0 once the path is off."""
         return torch.sigmoid(self.logit[0]) * ~self.off
 
@@ -57,7 +66,7 @@ class SkipGate(nn.Module):
         self.logit.fill_(NEUTRAL)
         self.logit.requires_grad_(False)
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.logit.requires_grad_(True)
         self.on = self.off.is_meta or not self.off.item()
@@ -71,17 +80,19 @@ def gates(blocks: nn.Module) -> dict[str, SkipGate]:
 class SkipController(nn.Module):
     """Switches paths of `blocks` off over the budget, asks for the compute penalty, and counts what is left."""
 
-    def __init__(self, cfg, blocks: nn.ModuleList):
+    looked: torch.Tensor
+
+    def __init__(self, cfg: "Config", blocks: nn.ModuleList):
         super().__init__()
         self.cfg, self.gates = cfg, gates(blocks)
         self.after, self.every = cfg.SKIP_AFTER, cfg.SKIP_CHECK
         self.strength = cfg.SKIP_PENALTY / sum(gate.cost for gate in self.gates.values())
         self.register_buffer("looked", torch.tensor(-1))
-        self.next_look = 0
+        self.next_look: float = 0
         self.counted: dict[frozenset, int] = {}  # training FLOPs by what is off
 
     @torch.no_grad()
-    def advance(self, moment) -> bool:
+    def advance(self, moment: "Moment") -> bool:
         """Look at the gates if it is time to; True if a path went off."""
         if moment.iteration == 0:  # a model that starts from another's keeps what is off, not how often it was looked at
             self.looked.fill_(-1)
@@ -114,7 +125,7 @@ class SkipController(nn.Module):
                 self.counted[state] = training_flops(self.cfg, state)
         return self.counted[off] / self.counted[frozenset()] if off else 1.0
 
-    def penalty(self):
+    def penalty(self) -> torch.Tensor | float:
         """SKIP_PENALTY times the share of the gated multiplications that the gates let through."""
         if not self.strength:
             return 0.0
@@ -123,12 +134,12 @@ class SkipController(nn.Module):
     def stats(self) -> dict:
         return {"compute_ratio": self.looked.new_tensor(self.compute_ratio(), dtype=torch.float32)}
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.next_look = 0 if self.looked.is_meta else self.looked.item() + 1
+        self.next_look = 0 if self.looked.is_meta else self.looked.item() + 1  # type: ignore[assignment]  # whole
 
 
-def training_flops(cfg, off: frozenset[str] | set[str] = frozenset()) -> int:
+def training_flops(cfg: "Config", off: frozenset[str] | set[str] = frozenset()) -> int:
     """FLOPs of one forward and backward pass over one sequence, counted, with the gates named in `off` switched off."""
     from torch.utils.flop_counter import FlopCounterMode
 

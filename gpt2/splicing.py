@@ -7,6 +7,7 @@ good; a resumed cell reads it instead of fitting again, unless it is damaged or 
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gpt2 import kvsplice
 from gpt2.kvsplice_calibrator import KVSpliceCalibrator
@@ -16,13 +17,20 @@ from lib.errors import UserError
 from lib.steps import file_name
 from lib.streams import cell_seed, stream_seed
 
+if TYPE_CHECKING:
+    import torch
+
+    from lib.config import Config
+    from lib.data.sources import Corpus
+
 
 def kvsplice_file(folder: Path, step: str) -> Path:
     """Where a cell keeps its fit."""
     return folder / f"kvsplice_{file_name(step)}.pt"
 
 
-def compress(cfg, model, corpus, folder: Path, step: str, device) -> dict:
+def compress(cfg: "Config", model: "torch.nn.Module", corpus: "Corpus", folder: Path, step: str,
+             device: "torch.device") -> dict:
     """Fit the codecs of `model`, or take over the fit to these very weights that `folder` holds. Returns metrics.json's
     "compression":
 

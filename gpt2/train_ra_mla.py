@@ -21,6 +21,7 @@ import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 BEGUN = time.perf_counter()  # before torch is imported: all of a cell's seconds are accounted for
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +33,11 @@ from lib import agent, failures, process, ranks  # noqa: E402
 from lib.config import Resolved, Study, announce, environment_overrides, identity_changes  # noqa: E402
 from lib.errors import UserError, reported  # noqa: E402
 from lib.kconfig import BUDGET, Assignment  # noqa: E402
+
+if TYPE_CHECKING:
+    import torch
+
+    from lib.config import Config
 
 
 def main() -> int:
@@ -161,7 +167,7 @@ def run_cell(folder: Path) -> int:
         raise
 
 
-def planned_configuration(folder: Path, identity: dict):
+def planned_configuration(folder: Path, identity: dict) -> "Config":
     """What FOLDER/.config says, if that is what the cell was planned with; otherwise its result would stand for another's."""
     study = Study(config=folder / ".config")
     found = study.resolve().identity
@@ -173,7 +179,7 @@ def planned_configuration(folder: Path, identity: dict):
     return study.config
 
 
-def train_cell(folder: Path, cfg, provenance: dict) -> int:
+def train_cell(folder: Path, cfg: "Config", provenance: dict) -> int:
     started = datetime.now(UTC).isoformat(timespec="seconds")
     # Imported here, so that bad input and --help do not wait for torch.
     import torch
@@ -201,7 +207,7 @@ def train_cell(folder: Path, cfg, provenance: dict) -> int:
         compiler.join()
     optimizer = optimizers.build(model, cfg)
 
-    def open_log(keep):
+    def open_log(keep: int) -> Any:
         if not group.first:
             return tracking.NoLog()
         tracker = tracking.open_tracker(cfg, folder, provenance)
@@ -214,7 +220,7 @@ def train_cell(folder: Path, cfg, provenance: dict) -> int:
         progress.iteration, progress.train_loss = parent["iterations"], parent["train_loss"]
         progress.clocks["train"] = parent["train_seconds"]
 
-    def compress():
+    def compress() -> Any:
         clock.switch("calibration")
         runtime.collect_garbage()
         found = splicing.compress(cfg, model, corpus, folder, provenance["step"], device)
@@ -272,7 +278,7 @@ def train_cell(folder: Path, cfg, provenance: dict) -> int:
     return 0
 
 
-def bring_back(model, folder: Path) -> tuple[bool, str]:
+def bring_back(model: "torch.nn.Module", folder: Path) -> tuple[bool, str]:
     """Give `model` the state of the last checkpoint, which is finite: whether that went, and how to say it. That the run has
     diverged is its result either way, also where memory does not hold the checkpoint beside the model."""
     from lib import generations
@@ -305,7 +311,7 @@ def read_provenance(folder: Path) -> dict:
         raise UserError(f"{folder}/provenance.json cannot be read: {error}.", "run the cell through make.") from None
 
 
-def load_parent(model, folder: Path, provenance: dict, step: str) -> dict:
+def load_parent(model: "torch.nn.Module", folder: Path, provenance: dict, step: str) -> dict:
     """Start from the trained model of `step` under the same seed; tensors it does not have keep their own start. Returns the
     parent's record."""
     from gpt2.kvsplice import KVSplice

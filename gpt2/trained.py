@@ -5,6 +5,7 @@ file is a UserError that says what to do.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,10 +15,13 @@ from lib import checkpoint
 from lib.errors import UserError
 from lib.paths import shown
 
+if TYPE_CHECKING:
+    from lib.config import Config
+
 NAME = "model.pt"
 
 
-def load(folder: Path, cfg, identity: str | None = None) -> GPT:
+def load(folder: Path, cfg: "Config", identity: str | None = None) -> GPT:
     """The model in `folder`, of the configuration `cfg`. UserError if there is none, if it is damaged, does not fit, or holds
     numbers that are not finite, or if it is not of the cell with this `identity`, where one is given."""
     path = folder / NAME

@@ -21,16 +21,20 @@ import sys
 import tempfile
 import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lib import process, ranks
 from lib.errors import EXIT_BAD_INPUT, UserError
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 # What a rank raises that has lost another.
 LOST = re.compile(r"gloo|NCCL|DistBackendError|DistNetworkError|Connection (?:closed|reset)|Broken pipe")
 SAID_BY_STATUS = (EXIT_BAD_INPUT, process.EXIT_DISK, process.EXIT_INTERRUPTED)
 
 
-def wanted(cfg) -> int:
+def wanted(cfg: "Config") -> int:
     """Processes that this host gives to a step of the cell: CONFIG_GPUS_PER_STEP, or all GPUs that torch sees; 1 in a process
     that is a rank already. UserError if so many cannot be had, or cannot share a step."""
     if os.environ.get(ranks.RANK) or ranks.one_process(cfg):
@@ -48,7 +52,7 @@ def wanted(cfg) -> int:
     return size
 
 
-def elsewhere(cfg) -> bool:
+def elsewhere(cfg: "Config") -> bool:
     """Whether ranks of other hosts are to meet those of this one, which are not started yet."""
     return not os.environ.get(ranks.RANK) and not ranks.one_process(cfg) and hosts() > 1
 
@@ -106,7 +110,7 @@ def run(command: list[str], size: int) -> int:
 class Forward:
     """Passes on to the ranks what the agent is asked for: to stop (`asked`), or where they are."""
 
-    def __init__(self, agent):
+    def __init__(self, agent: Any):
         self.agent, self.asked = agent, False
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -114,12 +118,12 @@ class Forward:
         faulthandler.unregister(process.STACKS_SIGNAL)
         signal.signal(process.STACKS_SIGNAL, lambda number, _: self._send(number))
 
-    def _stop(self, *_):
+    def _stop(self, *_: Any) -> None:
         self.asked = True
         if not self._send(signal.SIGTERM):
             sys.exit(process.EXIT_INTERRUPTED)  # nothing has begun
 
-    def _send(self, number) -> list[int]:
+    def _send(self, number: int) -> list[int]:
         """To every rank itself, not to its group, which holds helpers that it needs to stop."""
         workers = [worker.id for worker in self.agent.get_worker_group().workers if worker.id is not None]
         for pid in workers:
@@ -141,7 +145,7 @@ def first(failures: dict) -> tuple:
     by an error that is not the loss of another rank; of several the one that was the first to record it. Then who was killed
     by a signal (the agent itself kills who is left half a minute after the first, so an error comes before), who just ended,
     who has lost another, and who was only asked to stop, which is what the agent does when one has ended."""
-    def order(found):
+    def order(found: Any) -> Any:
         rank, failure = found
         recorded = Path(failure.error_file)
         status, said = failure.exitcode, raised(failure)
@@ -162,7 +166,7 @@ def ending(status: int) -> str:
     return f"killed by signal {-status}" if status < 0 else f"with exit status {status}"
 
 
-def raised(failure) -> str:
+def raised(failure: Any) -> str:
     """The traceback that a rank has recorded; empty if it has not."""
     said = failure.error_file_data.get("message", "")
     return said.get("extraInfo", {}).get("py_callstack", "") if isinstance(said, dict) else ""

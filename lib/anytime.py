@@ -12,6 +12,7 @@ the whole family, for unlimited looks.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from scipy.special import ndtri
@@ -24,7 +25,7 @@ from lib.stats import MOST_SEEDS, POWER, Estimate
 SCALE = 10.0
 
 
-def e_values(differences, mean: float = 0.0) -> np.ndarray:
+def e_values(differences: Any, mean: float = 0.0) -> np.ndarray:
     """E-values [n] for the hypothesis that the true mean difference is `mean`, after 1, 2, ... n differences."""
     d = np.asarray(differences, float)
     n = np.arange(1, len(d) + 1)
@@ -39,7 +40,7 @@ def e_values(differences, mean: float = 0.0) -> np.ndarray:
     return np.exp(np.minimum(log_e, 700.0))
 
 
-def p_value(differences, mean: float = 0.0) -> float:
+def p_value(differences: Any, mean: float = 0.0) -> float:
     """The anytime-valid p after these looks, in their order: it does not rise while the mean stays on its side.
 
     Only looks at which the mean lay where it lies now count, so that evidence for a gain is never read as one for a loss.
@@ -50,7 +51,7 @@ def p_value(differences, mean: float = 0.0) -> float:
     return float(min(1.0, 1.0 / np.max(counted)))
 
 
-def equivalence_p(differences, margin: float) -> float:
+def equivalence_p(differences: Any, margin: float) -> float:
     """p of the claim that the mean lies within +-margin: both margins must have been ruled out, each from inside."""
     d = np.asarray(differences, float)
     running = np.cumsum(d) / np.arange(1, len(d) + 1)
@@ -70,7 +71,7 @@ def half_width(sd: float, n: int, alpha: float = ERROR_RATE) -> float:
     return sd * math.sqrt((n - 1) / n * (bound - 1) / (1 - bound / (1 + n * SCALE)))
 
 
-def estimate(differences) -> Estimate:
+def estimate(differences: Any) -> Estimate:
     """Mean difference, 95 % confidence sequence and anytime-valid p after these looks. See lib.stats.Estimate."""
     d = np.asarray(differences, float)
     n, mean = len(d), float(np.mean(d))

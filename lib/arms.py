@@ -4,6 +4,7 @@ Reads only what the plan has found; the order of folders on disk plays no part.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lib import results
 from lib.cells import FINISHED, Cell, Status, baseline
@@ -12,6 +13,9 @@ from lib.errors import UserError
 from lib.paths import shown
 from lib.steps import step_header, step_path
 from lib.verdicts import Arm, Comparison, family
+
+if TYPE_CHECKING:
+    from lib.plan import Plan
 
 
 @dataclass
@@ -73,7 +77,7 @@ def compare(study: Study, groups: list[Group], order: list[int], test: str, seed
     return {c.name: c for c in family(pairs, order, study.config.MARGIN, test, comparisons)}
 
 
-def refuse_copies(plan) -> None:
+def refuse_copies(plan: "Plan") -> None:
     """Two folders that hold the same cell would count one run twice."""
     if not plan.out.is_dir():
         return

@@ -12,11 +12,13 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
-def replacing(path, kept_as=None):
+def replacing(path: Path | str, kept_as: Path | str | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename it onto `path`.
 
     The old file becomes `kept_as`, if that is given: between the two renames there is only that one.
@@ -41,7 +43,7 @@ def replacing(path, kept_as=None):
     _sync(path.parent)
 
 
-def _sync(folder) -> None:
+def _sync(folder: Path | str) -> None:
     """What was made, renamed or moved in `folder` is to survive a power cut: the names are the folder's own content."""
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -50,7 +52,7 @@ def _sync(folder) -> None:
         os.close(handle)
 
 
-def rename(old, new) -> None:
+def rename(old: Path | str, new: Path | str) -> None:
     """Rename a file or a folder, also into another folder of the file system; a file that has the new name is replaced."""
     old, new = Path(old), Path(new)
     os.replace(old, new)
@@ -59,7 +61,7 @@ def rename(old, new) -> None:
         _sync(old.parent)
 
 
-def make_folder(folder) -> None:
+def make_folder(folder: Path | str) -> None:
     """Make `folder`, with those above it that are missing, if it is not there."""
     folder = Path(folder)
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
@@ -80,7 +82,7 @@ def _locked_beside(path: Path) -> tuple[int, Path]:
         os.close(handle)
 
 
-def remove_orphans(folder) -> None:
+def remove_orphans(folder: Path | str) -> None:
     """Remove the temporary files in `folder` whose writers are gone; those that are being written stay."""
     for orphan in Path(folder).glob(".*.tmp"):
         try:
@@ -96,21 +98,21 @@ def remove_orphans(folder) -> None:
             os.close(handle)
 
 
-def write_bytes(path, data: bytes) -> None:
+def write_bytes(path: Path | str, data: bytes | bytearray) -> None:
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
-def copy(source, path) -> None:
+def copy(source: Path | str, path: Path | str) -> None:
     """Copy the content of a file, piece by piece."""
     with replacing(path) as temporary:
         shutil.copyfile(source, temporary)
 
 
-def write_text(path, text: str) -> None:
+def write_text(path: Path | str, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_json(path, value) -> None:
+def write_json(path: Path | str, value: Any) -> None:
     """Strict JSON: a NaN or infinity is refused here instead of breaking a reader later."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")

@@ -17,6 +17,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lib import atomic, generations, results
 from lib.cells import FINISHED, expand, is_locked, other_seeds, seeds_of
@@ -121,7 +122,7 @@ def _begun(folder: Path) -> dict | None:
 
 def _same_but_for_split(study: Study, found: dict, planned: dict) -> bool:
     """Whether two identities differ in nothing but how one global batch, drawn alike, is split."""
-    def rest(identity):  # a child's identity holds its parent's, under PARENT.NAME
+    def rest(identity: dict) -> Any:  # a child's identity holds its parent's, under PARENT.NAME
         return {part: {name: value for name, value in identity[part].items() if name.rpartition(".")[2] not in BATCH_SPLIT}
                 for part in ("set", "default")}
     try:
@@ -198,7 +199,7 @@ def find(study: Study, out: Path, device: dict, share: float, probe: Callable[[P
     return record, True
 
 
-def search(study: Study, wanted: list[Program], device: dict, probe) -> tuple[int, str | None, dict]:
+def search(study: Study, wanted: list[Program], device: dict, probe: Any) -> tuple[int, str | None, dict]:
     """The largest divisor of the global batch in which every program fits; the arm that a larger one was too large for (None if
     all of it fits); and the peaks that were measured, {arm: {micro-batch: bytes, or null where it did not fit}}.
 

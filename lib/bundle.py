@@ -18,9 +18,11 @@ import re
 import shutil
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lib import atomic, design, process, results, tuning
 from lib.archiving import archive
@@ -184,7 +186,7 @@ def unpack(plan: Plan, path: Path) -> Unpacked:
 
 
 @contextmanager
-def _writing(out: Path):
+def _writing(out: Path) -> Iterator[Any]:
     try:
         yield
     except OSError as error:
@@ -195,7 +197,7 @@ def _writing(out: Path):
 class _Forward:
     """What tarfile reads from: forward only, in small pieces, and not without end."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: Any):
         self.stream, self.at, self.last = stream, 0, b""
 
     def tell(self) -> int:
@@ -226,13 +228,13 @@ class _Forward:
                 raise ValueError("something follows its end")
 
 
-def _members(path: Path):
+def _members(path: Path) -> Iterator[Any]:
     """Yield (tar, member) for every member of the archive, each one refused that pack would not have written."""
     seen: set[str] = set()
     try:
         with open(path, "rb") as raw, gzip.GzipFile(fileobj=raw) as packed:
             stream = _Forward(packed)
-            with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8") as tar:
+            with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8") as tar:  # type: ignore[call-overload]
                 for member in tar:
                     if wrong := _wrong(member, seen):
                         raise UserError(f"{shown(path)} holds {ascii(member.name)[:120]}, {wrong}.", FOREIGN)

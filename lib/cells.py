@@ -11,13 +11,18 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lib import generations, process, results
 from lib.config import Resolved, Study, identity_changes, sealed
 from lib.errors import UserError
 from lib.steps import file_name
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 FINISHED = ("done", "diverged")  # states in which a cell has a result
 MAX_COUNTED_SEEDS = 100
@@ -94,7 +99,7 @@ def seeds_of(study: Study) -> list[int]:
     return parse_seeds(study.config.SEEDS, study.config.SEED)
 
 
-def expand(study: Study, seeds: list[int] | None = None, steps: list[str] | None = None) -> list[Cell]:
+def expand(study: Study, seeds: Sequence[int] | None = None, steps: list[str] | None = None) -> list[Cell]:
     """All cells of a study (or of these seeds and steps), seed by seed: an interrupted study is balanced."""
     steps = steps_of(study) if steps is None else steps
     base = study.config.SEED
@@ -111,7 +116,7 @@ def expand(study: Study, seeds: list[int] | None = None, steps: list[str] | None
     cells = []
     for seed in seeds_of(study) if seeds is None else seeds:
         for step, one, parent in columns:
-            def name(of, config, seed=seed):
+            def name(of: str, config: "Config", seed: int = seed) -> str:
                 return folder_name(of, config.OPTIMIZER, config.PRUNING, seed, base)
             cells.append(Cell(step, one.config.OPTIMIZER, seed, name(step, one.config), one,
                               name(one.config.INIT_FROM_STEP, parent.config) if parent else None))

@@ -6,6 +6,8 @@ every member has a CRC-32 that torch computes as it writes; torch does not look 
 
 import os
 import zipfile
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +24,7 @@ class Damaged(UserError):
     """A file that is there and can be read, but does not hold what `save` wrote."""
 
 
-def save(path, *, kept_as=None, **content) -> None:
+def save(path: Path | str, *, kept_as: Path | str | None = None, **content: Any) -> None:
     """Write `content` (tensors, dicts, lists, numbers, strings) to `path`, whole or not at all; the file that was there becomes
     `kept_as`, if given. OSError if the disk fails."""
     with replacing(path, kept_as) as temporary:
@@ -33,14 +35,14 @@ def save(path, *, kept_as=None, **content) -> None:
             raise
 
 
-def _ask_the_disk(path) -> None:
+def _ask_the_disk(path: Path) -> None:
     """torch's writer says that a write fell short, but not why; another write says it as an OSError, if it still holds."""
     with open(path, "ab", buffering=0) as file:
         file.write(bytes(READ_BYTES))
         os.fsync(file.fileno())
 
 
-def load(path, device="cpu") -> dict:
+def load(path: Path, device: torch.device | str = "cpu") -> dict:
     """Read what `save` wrote; UserError if it is missing, and Damaged if it is not whole or of another format.
 
     An error of too little memory says nothing about the file, and comes through."""
@@ -62,7 +64,7 @@ def load(path, device="cpu") -> dict:
     return content
 
 
-def verify(path) -> None:
+def verify(path: Path) -> None:
     """Compare every member of the archive with its checksum; zipfile.BadZipFile names the first that differs."""
     buffer = bytearray(READ_BYTES)
     with zipfile.ZipFile(path) as archive:
@@ -70,5 +72,5 @@ def verify(path) -> None:
             if member.compress_type != zipfile.ZIP_STORED:
                 raise zipfile.BadZipFile(f"{member.filename} is compressed")
             with archive.open(member) as file:  # raises at a wrong sum once it has read to the end
-                while file.readinto(buffer):
+                while file.readinto(buffer):  # type: ignore[attr-defined]  # a file without a buffer
                     pass

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from lib.config import defconfig_names
 from lib.errors import UserError
@@ -127,7 +128,7 @@ def _keys(entry: dict, where: str, needed: dict, optional: dict) -> None:
         raise UserError(f"{where} has no '{missing[0]}'.", f"add '{missing[0]}'.")
 
 
-def _fits(value, kind: str) -> bool:
+def _fits(value: Any, kind: str) -> bool:
     if kind == TEXTS and isinstance(value, list):
         return value != [] and all(_fits(item, TEXT) for item in value)
     if kind in (TEXT, TEXTS):
@@ -208,7 +209,7 @@ def _measured(entry: dict, where: str, root: Path) -> dict:
     return {"artifact": artifact, "word": found["word"], "sentence": found["sentence"]}
 
 
-def _texts(value) -> tuple[str, ...]:
+def _texts(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
@@ -234,11 +235,11 @@ def report_at(name: str, where: str, root: Path = ROOT) -> dict:
                         "make report, and commit what it writes.") from None
 
 
-def _no_number(text: str):
+def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no number of JSON")
 
 
-def value_at(content, path: str) -> float | None:
+def value_at(content: Any, path: str) -> float | None:
     """The number at a path of keys, 'steps.V1.comparison.difference'; None if there is none.
 
     An item of a list is found by its `name`, else by its index. A key or name may itself hold dots: the longest fits first.

@@ -6,6 +6,7 @@ only told apart by it, and named after the first of their class. Needs no torch.
 
 import pkgutil
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class FunctionClass:
     of: str
     relation: str
 
-    def __str__(self):
+    def __str__(self) -> Any:
         """For a column of a table."""
         return f"inside {self.of}" if self.relation == "inside" else self.of
 
@@ -29,7 +30,7 @@ class FunctionClass:
                     self.relation)
 
 
-def function_classes(configurations: dict[str, object]) -> dict[str, FunctionClass]:
+def function_classes(configurations: dict[str, Any]) -> dict[str, FunctionClass]:
     """The class of every step of {step: resolved configuration}."""
     keys = {step: pkgutil.resolve_name(cfg.FUNCTION_CLASS)(cfg) for step, cfg in configurations.items()}
     first: dict[tuple, str] = {}

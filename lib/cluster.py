@@ -17,8 +17,10 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lib import atomic, process, results
 from lib.cells import Cell
@@ -26,6 +28,9 @@ from lib.cluster_job import Job, without_make
 from lib.errors import UserError
 from lib.kconfig import BUDGET
 from lib.paths import ROOT, shown
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 LIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "COMPLETING", "REQUEUED",
         "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD", "RESIZING")
@@ -67,7 +72,7 @@ class Cluster:
         self.name = f"kablate-{out.name}-{hashlib.sha256(str(out).encode()).hexdigest()[:8]}"
 
     @contextlib.contextmanager
-    def alone(self):
+    def alone(self) -> Iterator[None]:
         """While nobody else submits cells of this folder."""
         from filelock import Timeout
 
@@ -85,7 +90,7 @@ class Cluster:
             lock.release()
 
     @contextlib.contextmanager
-    def _writing(self):
+    def _writing(self) -> Iterator[None]:
         """What cannot be written here is a sentence. A record stays: Slurm may have the job already, and none is ever submitted
         twice."""
         try:
@@ -124,7 +129,8 @@ class Cluster:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
-    def submit(self, cells: list[Cell], words: dict[str, list[str]], queued: dict[str, Queued], side_by_side: int):
+    def submit(self, cells: list[Cell], words: dict[str, list[str]], queued: dict[str, Queued],
+               side_by_side: int) -> Iterator[tuple[str, list[Cell]]]:
         """Submit these cells; `words` are the arguments of scripts.cell for each, `queued` what the queue holds already.
         Yields what is submitted as it is: a job's number and its cells."""
         jobs = {name: one.job for name, one in queued.items() if one.live}
@@ -137,7 +143,7 @@ class Cluster:
             jobs |= {cell.name: number for cell, number in zip(group, numbers, strict=True)}
             yield numbers[0].partition("_")[0], group
 
-    def submit_report(self, cfg, study: str, steps: list[str], after: list[str]) -> str:
+    def submit_report(self, cfg: "Config", study: str, steps: list[str], after: list[str]) -> str:
         """Submit the report, which begins when the jobs `after` have ended, however they did; its job's number. It reads the
         study as it is now: `study` is its .config."""
         digest = hashlib.sha256(study.encode()).hexdigest()[:16]
@@ -201,13 +207,13 @@ def arrays(cells: list[Cell], queued: set[str]) -> list[tuple[dict, str | None, 
             for start in range(0, len(group), LARGEST_ARRAY)]
 
 
-def where(cfg) -> dict:
+def where(cfg: "Config") -> dict:
     """The part of a request that says whose job it is and where it may run, as submitit's parameters."""
     named = {"slurm_partition": cfg.CLUSTER_PARTITION, "slurm_account": cfg.CLUSTER_ACCOUNT, "slurm_qos": cfg.CLUSTER_QOS}
     return {name: value for name, value in named.items() if value}
 
 
-def request(cfg) -> dict:
+def request(cfg: "Config") -> dict:
     """What a cell of this configuration asks of Slurm, as submitit's parameters. Time is what the cell may train, the time to
     stop, and CLUSTER_MINUTES for all else."""
     notice = cfg.STOP_SECONDS + COARSE_SECONDS
@@ -245,7 +251,7 @@ def options(text: str) -> dict:
     return {name.replace("-", "_"): value if equals else True for name, equals, value in pairs}
 
 
-def _executor(folder: Path):
+def _executor(folder: Path) -> Any:
     try:
         import submitit
     except ImportError:
@@ -257,7 +263,7 @@ def _executor(folder: Path):
 
 
 @contextlib.contextmanager
-def _environment(wanted: dict[str, str]):
+def _environment(wanted: dict[str, str]) -> Iterator[None]:
     """sbatch hands on what it has."""
     before = dict(os.environ)
     try:
@@ -281,7 +287,7 @@ def _slurm(*words: str) -> str:
     return done.stdout
 
 
-def _last_line(text) -> str:
+def _last_line(text: object) -> str:
     lines = str(text).strip().splitlines()
     return lines[-1].removesuffix(".") if lines else "it says nothing"
 

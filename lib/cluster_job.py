@@ -14,6 +14,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from lib.kconfig import BUDGET
 from lib.paths import ROOT
@@ -26,7 +28,7 @@ OF_MAKE = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MAKE_TERMOUT", 
            "KCONFIG_CONFIG", "KCONFIG_SEED", "SUBMITIT_PREEMPT_SIGNAL", *BUDGET)
 
 
-def without_make(environ: dict[str, str]) -> dict[str, str]:
+def without_make(environ: Mapping[str, str]) -> dict[str, str]:
     """`environ` as a job may have it."""
     return {name: value for name, value in environ.items() if name not in OF_MAKE and not name.startswith(OURS)}
 
@@ -35,7 +37,8 @@ class Job:
     """python -m `words`, with `variables` in its environment; `proof` is a file that is there once it has done its work."""
 
     def __init__(self, words: list[str], variables: dict[str, str] | None = None, proof: str | None = None):
-        self.words, self.variables, self.proof, self.pid = list(words), dict(variables or {}), proof, None
+        self.words, self.variables, self.proof = list(words), dict(variables or {}), proof
+        self.pid: int | None = None
 
     def __call__(self) -> None:
         child = subprocess.Popen([sys.executable, "-m", *self.words], cwd=ROOT, stdin=subprocess.DEVNULL,
@@ -50,7 +53,7 @@ class Job:
             flaw = f"ended with {code}" if code else f"left no {self.proof}"
             raise RuntimeError(f"{' '.join(self.words[:2])} {flaw}")
 
-    def checkpoint(self):
+    def checkpoint(self) -> Any:
         """Stop the program, which saves; gives submitit what the job runs when it starts again."""
         from submitit.helpers import DelayedSubmission
 

@@ -16,8 +16,10 @@ import os
 import pkgutil
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lib.errors import UserError
 from lib.kconfig import BUDGET, Assignment, Schema, canonical, read_layer
@@ -42,22 +44,22 @@ class Config:
     def __init__(self, values: dict):
         object.__setattr__(self, "_values", dict(values))
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         try:
             return object.__getattribute__(self, "_values")[name]
         except KeyError:
             raise AttributeError(f"no configuration symbol {name}") from None
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError("a configuration is frozen; resolve another one with lib.config.load(overrides=...)")
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict) -> "Config":
         return self
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return Config, (self._values,)
 
-    def replace(self, **values) -> "Config":
+    def replace(self, **values: Any) -> "Config":
         """A copy with other values, outside Kconfig's rules: for checks and benchmarks that shrink a model."""
         unknown = values.keys() - self._values.keys()
         if unknown:
@@ -124,7 +126,7 @@ class Study:
     off in what is resolved.
     """
 
-    def __init__(self, defconfig: str | None = None, config: Path | None = None, overrides: list[Assignment] = (),
+    def __init__(self, defconfig: str | None = None, config: Path | None = None, overrides: Sequence[Assignment] = (),
                  schema: Schema | None = None):
         self.schema = schema or Schema()
         self.overrides, self.found = list(overrides), []
@@ -150,7 +152,7 @@ class Study:
         self.base = self._base_layer(layers)
         self._check(self.config, budget=not any(a.name in BUDGET for a in self.overrides))
 
-    def _base_layer(self, layers) -> list[Assignment]:
+    def _base_layer(self, layers: list[list[Assignment]]) -> list[Assignment]:
         """The study reduced to what differs from the defaults, each assignment with the file and line it came from."""
         where = {(a.name, a.value): a.where for layer in layers for a in layer}
         try:
@@ -222,7 +224,7 @@ def load(defconfig: str | None = None, step: str | None = None, overrides: dict 
     return Study(defconfig, config, extra).resolve(step).config
 
 
-def _as_text(value) -> str:
+def _as_text(value: Any) -> str:
     return {True: "y", False: "n"}[value] if isinstance(value, bool) else str(value)
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from lib import atomic
 from lib.errors import UserError
@@ -32,7 +33,7 @@ def content(baseline: str, arms: dict[str, str], seeds: list[int], margin: float
             "sweep": sweep, "error_rate": ERROR_RATE}
 
 
-def digest(value) -> str:
+def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -5,6 +5,7 @@ traceback. Anything else that escapes is a defect of the program and keeps its t
 """
 
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_BAD_INPUT = 2
@@ -20,7 +21,7 @@ class UserError(Exception):
 
 
 @contextmanager
-def reported(ends_with_make: bool = True):
+def reported(ends_with_make: bool = True) -> Iterator[None]:
     """Turn a UserError into its two lines on standard error and exit status 2. What make has started ends with it, unless it
     sees to that itself."""
     from lib import process  # which raises UserError itself

@@ -9,10 +9,14 @@ linear speed) is an assumption that the caller states. Knows no torch and trains
 import heapq
 from dataclasses import dataclass
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from lib.cells import FINISHED, Cell, baseline
 from lib.design import ERROR_RATE, test
 from lib.schedule import Budget, tokens_per_iteration
+
+if TYPE_CHECKING:
+    from lib.plan import Plan
 
 OUTSIDE = ("compile", "eval", "calibration", "checkpoint", "other")  # the clocks beside the budget's
 
@@ -46,7 +50,7 @@ def trains(cell: Cell) -> bool:
     return Budget.from_config(cell.resolved.config).iterations != 0
 
 
-def measured(plan, cells: list[Cell], efficiency: float) -> dict[tuple[str, str], Speed]:
+def measured(plan: "Plan", cells: list[Cell], efficiency: float) -> dict[tuple[str, str], Speed]:
     """Speeds of the arms of which there are finished cells. Where cells are to run alone, those that did not count only in an
     arm that has nothing else. A cell that ran on several GPUs is brought down to one by `efficiency`."""
     found: dict[tuple[str, str], list[Speed]] = {}
@@ -85,12 +89,12 @@ def completed(speeds: dict[tuple[str, str], Speed], cells: list[Cell]) -> dict[t
     return found
 
 
-def lanes(plan) -> int:
+def lanes(plan: "Plan") -> int:
     """Cells that run side by side on one device as configured: CELLS_PER_GPU on a GPU, make's jobs on the CPU."""
     return plan.jobs if on_cpu(plan) else plan.study.config.CELLS_PER_GPU
 
 
-def on_cpu(plan) -> bool:
+def on_cpu(plan: "Plan") -> bool:
     return any(cell.resolved.config.DEVICE == "cpu" for cell in plan.cells)
 
 
@@ -156,7 +160,7 @@ class Seeds:
     known: int
 
 
-def seeds_for_margin(plan) -> Seeds | None:
+def seeds_for_margin(plan: "Plan") -> Seeds | None:
     """By the test and at the level of the plan's verdicts; None while no arm has two seeds beside the baseline's."""
     import numpy as np
 

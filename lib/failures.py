@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 
 from lib import process
 from lib.errors import EXIT_BAD_INPUT
@@ -46,7 +47,7 @@ def sentence(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def disk_told_by_exit_status():
+def disk_told_by_exit_status() -> Iterator[None]:
     """A process that cannot write ends with EXIT_DISK: the log, which lies on the same disk, may say nothing."""
     try:
         yield

@@ -17,12 +17,13 @@ import torch
 class Guard:
     """Watches the steps of one run that follow number `done`; `loss` and `norm` are that one's, None if there was none."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device, done: int, loss: float | None, norm: float | None):
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, done: int, loss: float | None,
+                 norm: float | None):
         self.flag = torch.zeros((), device=device)  # float32, as the kernels want it
         values = [float(done), *(math.nan if value is None else value for value in (loss, norm))]
         self.latest = torch.tensor(values, dtype=torch.float64, device=device)  # up to the step that was not finite, with it
         self.finite = self.latest.clone()  # up to the step before
-        optimizer.grad_scale, optimizer.found_inf = None, self.flag
+        optimizer.grad_scale, optimizer.found_inf = None, self.flag  # type: ignore[attr-defined]  # as GradScaler sets them
 
     def look(self, iteration: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
         """Step number `iteration` (from 1): its loss (float64) and the norm of its gradient, tensors of shape ()."""

@@ -7,6 +7,8 @@ run on several machines make one study, as long as each seed stays on one. Under
 is trained and counts as part of the experiment, and so does whether a cell had its device alone.
 """
 
+from typing import Any
+
 from lib.kconfig import BUDGET
 
 
@@ -77,7 +79,7 @@ def broken(arm: dict[int, dict], reference: dict[int, dict], names: tuple[str, s
     return list(dict.fromkeys(found))
 
 
-def _different_sharing(cells) -> list[str]:
+def _different_sharing(cells: Any) -> list[str]:
     """Under a time budget: a cell beside another one has trained less for it, which is no property of its arm. Where all had
     company that is noise, which the report says; where some had, it is a difference. A record of before this was looked at
     says nothing."""
@@ -87,7 +89,7 @@ def _different_sharing(cells) -> list[str]:
     return [f"sharing of the device differs: {known[True]} ran beside another cell, {known[False]} alone"]
 
 
-def _different(cells, facts) -> list[str]:
+def _different(cells: Any, facts: Any) -> list[str]:
     """One sentence a fact that is not equal in all of these cells."""
     found = []
     if not cells:
@@ -106,7 +108,7 @@ def _different(cells, facts) -> list[str]:
     return found
 
 
-def _different_sources(cells) -> list[str]:
+def _different_sources(cells: Any) -> list[str]:
     if not cells:
         return []
     first, _, record = cells[0]
@@ -135,5 +137,5 @@ def _same_numbers(name: str, records: dict[int, dict]) -> list[str]:
     return []
 
 
-def _short(value) -> str:
+def _short(value: Any) -> str:
     return f"'{value[:12] if isinstance(value, str) and len(value) > 40 else value}'"

@@ -6,10 +6,14 @@ torch, so that what plans and launches can ask whether a cell has something to r
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lib import atomic
 from lib.errors import UserError
 from lib.paths import shown
+
+if TYPE_CHECKING:
+    import torch
 
 NAMES = NEWEST, BEFORE = ("checkpoint.pt", "checkpoint.before.pt")
 DAMAGED = "checkpoint.damaged.pt"  # the last newest that could not be read, for a person to look at; until the cell ends
@@ -20,14 +24,14 @@ def there(folder: Path) -> bool:
     return any((folder / name).exists() for name in NAMES)
 
 
-def save(folder: Path, **content) -> None:
+def save(folder: Path, **content: Any) -> None:
     """Make `content` the newest one. The newest so far must be good: of this process, or given back by its `load`."""
     from lib import checkpoint
 
     checkpoint.save(folder / NEWEST, kept_as=folder / BEFORE, **content)
 
 
-def load(folder: Path, device) -> dict | None:
+def load(folder: Path, device: "torch.device | str") -> dict | None:
     """The newest good one, with a warning if that is not the newest; None if there is none at all. UserError if there are only
     damaged ones: whether a day of training is to begin anew is for the user to say."""
     from lib import checkpoint

@@ -8,6 +8,7 @@ host, and none is made here: that is what Mechanisms.advance is for, and after i
 
 import contextlib
 import time
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,13 +16,17 @@ from torch import nn
 from lib import ranks, runtime
 from lib.errors import UserError
 
+if TYPE_CHECKING:
+    from lib.config import Config
+    from lib.mechanisms import Mechanisms
+
 NORM_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 
 
 class Timer:
     """Milliseconds between `start` and `stop`: on a GPU of its own work, to be read when that is known to be over."""
 
-    def __init__(self, device, captured: bool = False):
+    def __init__(self, device: torch.device, captured: bool = False):
         if device.type == "cuda":
             # an event of a graph's own would only order its kernels
             outside = {"external": True} if captured else {}
@@ -39,7 +44,7 @@ class Timer:
         if self.events:
             self.events[which].record()
         elif which:
-            self.seconds += time.perf_counter()
+            self.seconds += time.perf_counter()  # type: ignore[has-type]  # set by start
         else:
             self.seconds = -time.perf_counter()
 
@@ -51,11 +56,11 @@ class Objective(nn.Module):
     """The loss of a micro-batch, and what is differentiated: the same with penalties. One module of both, so that whoever
     reduces gradients over ranks sees every use of a parameter."""
 
-    def __init__(self, cfg, model, mechanisms):
+    def __init__(self, cfg: "Config", model: nn.Module, mechanisms: "Mechanisms"):
         super().__init__()
         self.cfg, self.model, self.mechanisms = cfg, model, mechanisms
 
-    def forward(self, x, y):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with runtime.autocast(self.cfg, x.device):
             _, loss = self.model(x, y)
         return loss.detach(), loss + self.mechanisms.penalty()
@@ -69,12 +74,13 @@ class Gradient:
     overwrite it.
     """
 
-    def __init__(self, cfg, model, mechanisms, device, parts: int = 1, group: ranks.Alone = ranks.ALONE):
+    def __init__(self, cfg: "Config", model: nn.Module, mechanisms: "Mechanisms", device: torch.device, parts: int = 1,
+                 group: ranks.Alone = ranks.ALONE):
         self.model, self.parts, self.group = model, parts, group
         self.objective = group.parallel(Objective(cfg, model, mechanisms), mechanisms.changing())
         self.forward_timer = Timer(device)
 
-    def __call__(self, x, y, micro: int = 0):
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, micro: int = 0) -> torch.Tensor:
         """x, y: int64 [B, T] on the device; `micro` counts the micro-batches of a step from 0."""
         with contextlib.nullcontext() if micro == self.parts - 1 else self.group.unreduced(self.objective):
             self.forward_timer.start()
@@ -92,7 +98,7 @@ class Replayed:
     same tensors in every step, and `grad` of the parameters is set to them before the first.
     """
 
-    def __init__(self, gradient: Gradient, shape: tuple[int, int], device):
+    def __init__(self, gradient: Gradient, shape: tuple[int, int], device: torch.device):
         self.x, self.y = (torch.zeros(shape, dtype=torch.long, device=device) for _ in range(2))
         self.parameters = [p for p in gradient.model.parameters() if p.requires_grad]
         for p in self.parameters:
@@ -109,13 +115,13 @@ class Replayed:
         self.peak_bytes = torch.cuda.max_memory_allocated(device)
         self.grads = [p.grad for p in self.parameters]
 
-    def _captured(self, gradient: Gradient):
+    def _captured(self, gradient: Gradient) -> tuple[Any, torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.graphs[0][0].pool() if self.graphs else None):
             loss = gradient(self.x, self.y)
         return graph, loss
 
-    def __call__(self, x, y, micro: int = 0):
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, micro: int = 0) -> torch.Tensor:
         self.x.copy_(x, non_blocking=True)
         self.y.copy_(y, non_blocking=True)
         if not micro:
@@ -126,7 +132,8 @@ class Replayed:
         return loss
 
 
-def of(cfg, model, mechanisms, device, group: ranks.Alone = ranks.ALONE) -> Gradient | Replayed:
+def of(cfg: "Config", model: nn.Module, mechanisms: "Mechanisms", device: torch.device,
+       group: ranks.Alone = ranks.ALONE) -> Gradient | Replayed:
     """As CUDA_GRAPHS says, and where there is no GPU, or more than one rank, without a graph; for a model that has been warmed
     up, and is put into training mode."""
     model.train()
@@ -136,7 +143,7 @@ def of(cfg, model, mechanisms, device, group: ranks.Alone = ranks.ALONE) -> Grad
     return Replayed(gradient, (cfg.BATCH_SIZE, cfg.GPT2_BLOCK_SIZE), device)
 
 
-def clip(model, optimizer, limit: float):
+def clip(model: nn.Module, optimizer: torch.optim.Optimizer, limit: float) -> torch.Tensor:
     """Norm of the model's gradient, shape (); in the optimizer's next step it counts as no longer than `limit` (0: as it is).
 
     On a GPU torch's fused AdamW divides by a factor on its way through memory, which it knows as torch.amp.GradScaler's. For
@@ -147,5 +154,5 @@ def clip(model, optimizer, limit: float):
         return torch.nn.utils.clip_grad_norm_(parameters, limit)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if limit:
-        optimizer.grad_scale = ((norm + NORM_EPS) / limit).clamp(min=1)
+        optimizer.grad_scale = ((norm + NORM_EPS) / limit).clamp(min=1)  # type: ignore[attr-defined]  # as GradScaler sets it
     return norm

@@ -11,9 +11,11 @@ default like 1/48; an integer >= 1 is an absolute size).
 import difflib
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import kconfiglib
 
@@ -83,7 +85,7 @@ def read_layer(path: Path) -> list[Assignment]:
 class Schema:
     """The parsed Kconfig files. One instance serves any number of resolves; it holds one configuration at a time."""
 
-    def __init__(self, kconfig: Path = ROOT / "Kconfig", parse=kconfiglib.Kconfig):
+    def __init__(self, kconfig: Path = ROOT / "Kconfig", parse: Callable[..., kconfiglib.Kconfig] = kconfiglib.Kconfig):
         self.kconf = parse(str(kconfig), warn_to_stderr=False)
         # A range on a string is how floats are declared here; kconfiglib keeps it but calls it odd.
         odd = [w for w in self.kconf.warnings if "has ranges, but is not int or hex" not in w]
@@ -153,7 +155,7 @@ class Schema:
         raise UserError(f"{a.where}: {a.name}={a.value} did not take, it stands at {symbol.str_value or 'nothing'}.",
                         "look the symbol up in make menuconfig.")
 
-    def _spelled(self, item) -> str:
+    def _spelled(self, item: Any) -> str:
         """A symbol in a dependency; of a bool that nobody can set, what it follows from."""
         if self.kinds.get(getattr(item, "name", None)) != "bool" or item.name in self.prompted:
             return kconfiglib.standard_sc_expr_str(item)
@@ -187,14 +189,14 @@ class Schema:
         return full_text(self.kconf)
 
 
-def full_text(kconf) -> str:
+def full_text(kconf: kconfiglib.Kconfig) -> str:
     """What `kconf` holds in .config form, with the marks of a whole file; also where it writes in a way of its own."""
     with tempfile.NamedTemporaryFile("w+", suffix=".config") as file:
         kconfiglib.Kconfig.write_config(kconf, file.name, header=HEADER, save_old=False)
         return Path(file.name).read_text(encoding="utf-8") + f"{END}\n"
 
 
-def _kind(symbol) -> str:
+def _kind(symbol: kconfiglib.Symbol) -> str:
     if symbol.orig_type == kconfiglib.BOOL:
         return "bool"
     if symbol.orig_type == kconfiglib.INT:
@@ -205,7 +207,7 @@ def _kind(symbol) -> str:
     return "str"
 
 
-def in_menu(symbol, prompt: str) -> bool:
+def in_menu(symbol: kconfiglib.Symbol, prompt: str) -> bool:
     """Whether a symbol stands in the menu of this prompt."""
     node = symbol.nodes[0]
     while node := node.parent:
@@ -214,7 +216,7 @@ def in_menu(symbol, prompt: str) -> bool:
     return False
 
 
-def _visibility_condition(symbol):
+def _visibility_condition(symbol: kconfiglib.Symbol) -> Any:
     """The expression that hides a symbol: its dependency, or else the condition of its prompt."""
     if not kconfiglib.expr_value(symbol.direct_dep):
         return symbol.direct_dep
@@ -238,7 +240,7 @@ def _well_typed(kind: str, value: str) -> bool:
     return value.isprintable()
 
 
-def _typed(kind: str, text: str):
+def _typed(kind: str, text: str) -> Any:
     if kind == "bool":
         return text == "y"
     if text == "" and kind != "str":

@@ -18,7 +18,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import Timeout
 
@@ -96,7 +98,7 @@ def run(folder: Path, plan: Path, seed: int, position: str, parent: str | None, 
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, title: str, stop_seconds: int, watch: process.Watch):
+def _locked(folder: Path, title: str, stop_seconds: int, watch: process.Watch) -> Iterator[Any]:
     """Hold the cell's lock, claimed; gives its descriptors. A cell that only stops is waited for, `stop_seconds` at most and
     while make lives. Timeout if another launcher has it, or it does not stop."""
     lock, begun = process.lock(folder / ".lock"), time.monotonic()
@@ -129,7 +131,7 @@ def _locked(folder: Path, title: str, stop_seconds: int, watch: process.Watch):
 def _run_locked(folder: Path, cell: Cell, title: str, position: str, watch: process.Watch, lock: list[int]) -> int:
     asked: list[tuple[int, float]] = []
 
-    def ask(number, _=None):
+    def ask(number: int, _: Any = None) -> None:
         process.claim(lock, held=False)
         if not asked or time.monotonic() - asked[-1][1] > (KEY_SECONDS if number == signal.SIGINT else REPEAT_SECONDS):
             asked.append((number, time.monotonic()))
@@ -145,7 +147,7 @@ def _run_locked(folder: Path, cell: Cell, title: str, position: str, watch: proc
 
 
 def _run_child(folder: Path, cell: Cell, title: str, position: str, watch: process.Watch, inherited: list[int],
-               variables: dict[str, str], asked: list, ask) -> int:
+               variables: dict[str, str], asked: list, ask: Any) -> int:
     """The cell's process from its start to what is known of its end; it inherits these descriptors and variables."""
     display, life, kills = Display(folder, title, position), process.Life(), process.memory_kills()
     limits = cell.resolved.config
@@ -215,8 +217,8 @@ def _signal(child: subprocess.Popen, number: int, group: bool = False) -> None:
         pass
 
 
-def conclude(folder: Path, cell: Cell, title: str, display, code: int, log_start: int, seconds: float,
-             reason: str | None, **measured) -> None:
+def conclude(folder: Path, cell: Cell, title: str, display: Any, code: int, log_start: int, seconds: float,
+             reason: str | None, **measured: Any) -> None:
     """Say how the cell ended, and write the record of one that failed. `code` is its exit status, -N for signal N; `reason` is
     what the launcher itself knows of why, which the log (from byte `log_start` on) does not say, and `measured` what it knows
     besides."""
@@ -247,7 +249,8 @@ class Display:
         number, _, total = position.partition("/")
         self.cells_after = int(total) - int(number)
         self.begun, self.offset, self.row = time.monotonic(), 0, {}
-        self.first = None  # (time, progress) of the first row seen, for the time left; a resumed cell does not start at 0
+        # (time, progress) of the first row seen, for the time left; a resumed cell does not start at 0
+        self.first: tuple[float, float] | None = None
 
     def update(self) -> None:
         now = time.monotonic()

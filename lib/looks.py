@@ -7,16 +7,20 @@ stopped and continued anywhere.
 """
 
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from lib.cells import FINISHED, SEED_LIMIT, parse_seeds, seeds_of, whole
 from lib.config import Study
 from lib.design import FEWEST_SEEDS
 from lib.errors import UserError
 
+if TYPE_CHECKING:
+    from lib.plan import Options, Plan
+
 MOST = 1000
 
 
-def seeds_asked(study: Study, options) -> list[int]:
+def seeds_asked(study: Study, options: "Options") -> list[int]:
     """The seeds that make may run now: SEEDS= or the configured ones, under UNTIL=decided all that may be reached."""
     asked = parse_seeds(options.seeds, study.config.SEED) if options.seeds else seeds_of(study)
     if not options.until:
@@ -40,7 +44,7 @@ def seeds_planned(asked: list[int], configured: list[int], promised: list[int], 
     return list(dict.fromkeys([*kept, *current]))
 
 
-def max_seeds(study: Study, options) -> int:
+def max_seeds(study: Study, options: "Options") -> int:
     """MAX_SEEDS of the command line or of the study."""
     if options.until != "decided":
         raise UserError(f"UNTIL={options.until} is no rule for stopping.", "make UNTIL=decided.")
@@ -51,7 +55,7 @@ def max_seeds(study: Study, options) -> int:
     return number
 
 
-def next_block(plan) -> list[int]:
+def next_block(plan: "Plan") -> list[int]:
     """The seeds of the first look that is not complete, or at which everything is decided; else all seeds."""
     count = len(parse_seeds(plan.options.seeds, plan.study.config.SEED) if plan.options.seeds else seeds_of(plan.study))
     for look in range(min(max(FEWEST_SEEDS, count), len(plan.asked)), len(plan.asked) + 1):
@@ -64,12 +68,12 @@ def next_block(plan) -> list[int]:
     return seeds
 
 
-def complete(plan, seeds: list[int]) -> bool:
+def complete(plan: "Plan", seeds: list[int]) -> bool:
     """Whether every cell of these seeds is finished."""
     return all(plan.status[cell.name].state in FINISHED for cell in [*plan.common, *plan.tuned_cells] if cell.seed in seeds)
 
 
-def undecided(plan, seeds: list[int]) -> list[str]:
+def undecided(plan: "Plan", seeds: list[int]) -> list[str]:
     """Names of the arms that have no verdict after these seeds. An A/A control is none to wait for: that it shows no
     difference can rarely be proved."""
     try:

@@ -16,8 +16,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +31,10 @@ from lib.errors import UserError, one_line
 from lib.mechanisms import Mechanisms, Moment
 from lib.schedule import Budget, learning_rate, tokens_per_iteration
 from lib.streams import cell_seed, stream_seed
+
+if TYPE_CHECKING:
+    from lib.config import Config
+    from lib.data.sources import Corpus
 
 COMPILE_WARMUP_STEPS = 3
 
@@ -71,7 +77,7 @@ class Clock:
     It starts with "other", from `begun` (a time.perf_counter()) on.
     """
 
-    def __init__(self, progress: Progress, device, begun: float):
+    def __init__(self, progress: Progress, device: torch.device, begun: float):
         self.clocks, self.device, self.kind, self.begun, self.since = progress.clocks, device, "other", begun, begun
 
     def switch(self, kind: str) -> None:
@@ -92,20 +98,21 @@ class StopRequest:
     come back soon.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.asked, self.training = False, False
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._ask)
 
-    def _ask(self, *_):
+    def _ask(self, *_: Any) -> None:
         if not self.training:
             os._exit(process.EXIT_INTERRUPTED)
         self.asked = True
 
 
-def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log, clock: Clock, progress: Progress,
-          stop, save_at_end: bool = False, group: ranks.Alone = ranks.ALONE) -> None:
+def train(cfg: "Config", model: torch.nn.Module, optimizer: torch.optim.Optimizer, corpus: "Corpus", folder: Path,
+          identity: dict, open_log: Callable[[int], Any], clock: Clock, progress: Progress,
+          stop: Any, save_at_end: bool = False, group: ranks.Alone = ranks.ALONE) -> None:
     """Train `model` in place and account for it in `progress`, which is kept in the checkpoints of `folder` and resumed
     from them.
 
@@ -136,7 +143,7 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
     log = open_log(progress.rows)
     guard = finite.Guard(optimizer, device, progress.iteration, progress.last_loss, progress.last_norm)
 
-    def require_finite(weights=False):
+    def require_finite(weights: bool = False) -> None:
         found = guard.verdict()
         if weights and not found and (name := finite.not_finite(finite.state_of(model, optimizer))):
             found = f"{name} is not finite after iteration {progress.iteration}"
@@ -145,10 +152,10 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
             log.close()
             raise Diverged(found)
 
-    def peak_memory():
+    def peak_memory() -> int:
         return group.largest(max(progress.peak_memory_bytes, runtime.peak_memory_bytes(device)))
 
-    def save_checkpoint():
+    def save_checkpoint() -> None:
         clock.switch("checkpoint")
         require_finite(weights=True)
         progress.rows = log.count
@@ -160,8 +167,8 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
                              optimizer=optimizer.state_dict())
         group.wait()  # who ends now ends with a checkpoint on disk
 
-    def evaluate_and_log(last=False):
-        nonlocal loss_sum, loss_count, evaluation_compiled
+    def evaluate_and_log(last: bool = False) -> None:
+        nonlocal loss_sum, loss_count, evaluation_compiled  # type: ignore[misc]  # set below
         if not evaluation_compiled:  # not before it is needed: a first step need not wait for it
             clock.switch("compile")
             evaluate(cfg, model, itertools.islice(eval_set, 1), device, ranks.ALONE)
@@ -200,10 +207,10 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
         clock.switch("train")
         progress.start_seconds = clock.since - clock.begun
 
-    def used():
+    def used() -> float:
         return budget.progress(progress.iteration, clock.read("train"))
 
-    def stale():
+    def stale() -> bool:
         return 0 < cfg.CHECKPOINT_INTERVAL < time.monotonic() - last_saved
 
     while True:
@@ -240,7 +247,7 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
         for micro in range(parts):
             batch = train_batch(corpus.train, seed, progress.iteration, group.rank * parts + micro, micro_batch,
                                 cfg.GPT2_BLOCK_SIZE, draw_size(cfg))
-            step_loss += gradient(*to_device(batch, device), micro).double() / parts
+            step_loss += gradient(*to_device(batch, device), micro).double() / parts  # type: ignore[call-arg, arg-type]
             process.show_life()
         group.mean(step_loss)
         norm = gradients.clip(model, optimizer, cfg.GRAD_CLIP)
@@ -278,7 +285,8 @@ def train(cfg, model, optimizer, corpus, folder: Path, identity: dict, open_log,
     log.close()
 
 
-def resume(folder: Path, identity: dict, data: dict, model, optimizer, progress: Progress, device,
+def resume(folder: Path, identity: dict, data: dict, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
+           progress: Progress, device: torch.device,
            group: ranks.Alone = ranks.ALONE) -> None:
     """Continue from a checkpoint, if there is one, on every rank from the same. Clocks add up: what this process spent before
     (compiling) stays counted."""
@@ -310,11 +318,11 @@ def resume(folder: Path, identity: dict, data: dict, model, optimizer, progress:
     optimizer.load_state_dict(content["optimizer"])
 
 
-def compile_model(cfg, model) -> None:
+def compile_model(cfg: "Config", model: torch.nn.Module) -> None:
     """Have torch.compile make programs of the model, or of its regions, at their first use."""
     if cfg.COMPILE_REGIONS:
         lift_compile_limits()  # layers that differ in a Python constant have a program each
-        model.compile_regions()
+        model.compile_regions()  # type: ignore[operator]  # GPT's
     else:
         model.compile(dynamic=False)
 
@@ -324,7 +332,8 @@ def lift_compile_limits() -> None:
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10 ** 6
 
 
-def warm_up(cfg, model, optimizer, eval_set, device, group: ranks.Alone = ranks.ALONE) -> None:
+def warm_up(cfg: "Config", model: torch.nn.Module, optimizer: torch.optim.Optimizer, eval_set: Iterable, device: torch.device,
+            group: ranks.Alone = ranks.ALONE) -> None:
     """Compile, allocate and choose kernels in a few steps whose effect is undone, off the budget."""
     before, optimizer_before = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     batch = next(iter(eval_set))
@@ -346,7 +355,7 @@ def warm_up(cfg, model, optimizer, eval_set, device, group: ranks.Alone = ranks.
     group.release()
 
 
-def tell_graph_breaks(cfg) -> None:
+def tell_graph_breaks(cfg: "Config") -> None:
     """A line in the log for every reason why Python goes on outside the programs that were made since this was last called: a
     pass is slower for each, and may compile without end."""
     if not cfg.GPT2_COMPILE:  # then the compiler is not even imported
@@ -358,7 +367,8 @@ def tell_graph_breaks(cfg) -> None:
 
 
 @torch.no_grad()
-def evaluate(cfg, model, eval_set, device, group: ranks.Alone = ranks.ALONE) -> float:
+def evaluate(cfg: "Config", model: Any, eval_set: Iterable, device: torch.device,
+             group: ranks.Alone = ranks.ALONE) -> float:
     """Mean cross-entropy in nats over the whole evaluation set, whose batches are dealt to the ranks in turn."""
     model.eval()
     total, batches = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -371,7 +381,7 @@ def evaluate(cfg, model, eval_set, device, group: ranks.Alone = ranks.ALONE) -> 
     return (group.total(total) / group.total(torch.full_like(total, batches))).item()
 
 
-def to_device(batch, device):
+def to_device(batch: Any, device: torch.device) -> tuple[torch.Tensor, ...]:
     """A pair of numpy arrays on the device; through pinned memory, so that the copy does not block."""
     tensors = (torch.from_numpy(part) for part in batch)
     if device.type == "cuda":

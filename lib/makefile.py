@@ -10,12 +10,17 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lib import atomic, process
 from lib.cells import Cell, plan_name
 from lib.errors import UserError
 from lib.paths import shown
+
+if TYPE_CHECKING:
+    from lib.plan import Plan
 
 LOCK_SECONDS = 2.0  # until a person is told that another make is writing its plan
 LONGEST_WAIT = 300.0  # for it: to move a stale cell away takes some milliseconds
@@ -23,7 +28,7 @@ KEPT_SECONDS = 24 * 3600.0  # make has read its makefile an instant after it was
 
 
 @contextlib.contextmanager
-def alone(out: Path):
+def alone(out: Path) -> Iterator[None]:
     """While no other make writes a plan of this folder: each adds to one design, and archives what it finds stale."""
     from filelock import Timeout
 
@@ -53,7 +58,7 @@ def is_parallel() -> bool:
     return bool(re.search(r"(^| )(-j|--jobserver)", os.environ.get("MAKEFLAGS", "")))
 
 
-def write(plan, must_run: list[Cell]) -> Path:
+def write(plan: "Plan", must_run: list[Cell]) -> Path:
     """Store the makefile that runs these cells of a plan, in their order, and their configurations; its path."""
     for old in (plan.out / "plan").glob("*.mk"):
         if time.time() - old.stat().st_mtime > KEPT_SECONDS:
@@ -65,7 +70,7 @@ def write(plan, must_run: list[Cell]) -> Path:
     return path
 
 
-def _text(plan, must_run: list[Cell]) -> str:
+def _text(plan: "Plan", must_run: list[Cell]) -> str:
     out = plan.out
     targets = {cell.name: f"{out}/{cell.name}/metrics.json" for cell in must_run}
     lines = ["# Written by the plan: the cells that must run. Make it anew with make; do not edit.",
@@ -79,7 +84,7 @@ def _text(plan, must_run: list[Cell]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def commands(plan, must_run: list[Cell]) -> dict[str, list[str]]:
+def commands(plan: "Plan", must_run: list[Cell]) -> dict[str, list[str]]:
     """The arguments of scripts.cell for each of these cells, by name, with the configurations stored that they read. Every
     launcher runs the same."""
     stored: dict[int, Path] = {}
@@ -93,14 +98,14 @@ def commands(plan, must_run: list[Cell]) -> dict[str, list[str]]:
     return found
 
 
-def _afterwards(plan, must_run: list[Cell]) -> str:
+def _afterwards(plan: "Plan", must_run: list[Cell]) -> str:
     """Under UNTIL=decided the next look follows, which adds a block of seeds if something is still undecided."""
     if not plan.options.until or not must_run:
         return "@:"
     return f"$(Q)$(MAKE) --no-print-directory cells LOOK={len(plan.asked)}"
 
 
-def _configuration(plan, cell: Cell) -> str:
+def _configuration(plan: "Plan", cell: Cell) -> str:
     """The seed-free configuration of a step, as lib.launch reads it."""
     resolved = cell.resolved
     return json.dumps({"step": cell.step, "optimizer": cell.optimizer, "study": plan.study.name,

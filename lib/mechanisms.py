@@ -19,6 +19,7 @@ Optimizer groups are declared beside: `gate_parameters` and `structure_parameter
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Mechanisms:
     def __init__(self, model: nn.Module, group: ranks.Alone = ranks.ALONE):
         self.group = group
 
-        def offering(what):
+        def offering(what: str) -> list[tuple[str, Any]]:
             return [(name, module) for name, module in model.named_modules() if hasattr(module, what)]
 
         self._advancing, self._penalised = offering("advance"), offering("penalty")

@@ -8,12 +8,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lib import process, slots
 from lib.errors import EXIT_BAD_INPUT, UserError
 
+if TYPE_CHECKING:
+    from lib.config import Config
 
-def run(cfg, folder: Path, what: str, *words) -> dict:
+
+def run(cfg: "Config", folder: Path, what: str, *words: Any) -> dict:
     """The last line of what `python -m WORDS` prints, which holds a slot for as long as it runs; `cfg` says whether on a GPU,
     and `what` what to call it. UserError if it failed; what it refused itself is said, and ends this process alike."""
     alone = f'CONFIG_GPUS_PER_STEP=1\nCONFIG_DEVICE="{cfg.DEVICE}"\n'

@@ -24,8 +24,12 @@ import struct
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lib.errors import UserError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 PR_SET_PDEATHSIG = 1
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: the cell stopped on request, its checkpoint is on disk
@@ -82,7 +86,7 @@ def die_with_make() -> None:
     if make is None or os.environ.get(LAUNCHER_VARIABLE):
         return
 
-    def ended(watch):
+    def ended(watch: Any) -> None:
         watch.wait()
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -96,7 +100,7 @@ def _killed_after(launcher: "Watch", seconds: int) -> None:
     (os.killpg if os.getpgrp() == os.getpid() else os.kill)(os.getpid(), signal.SIGKILL)
 
 
-def lock(path, timeout: float = -1):
+def lock(path: Path | str, timeout: float = -1) -> "FileLock":
     """A FileLock (flock) that never becomes a mere file, which would stay when its process is killed: where a file system has
     no locks, to acquire it is an OSError of NO_LOCKS."""
     from filelock import FileLock
@@ -107,14 +111,14 @@ def lock(path, timeout: float = -1):
         return FileLock(path, timeout=timeout)
 
 
-def held_by_children(lock) -> list[int]:
+def held_by_children(lock: "FileLock") -> list[int]:
     """The descriptor of a FileLock that we hold, as a list. A cell that inherits it keeps the lock when its launcher is killed:
     while it saves and stops, no other launcher may start it a second time. FileLock has no public name for it."""
     handle = getattr(getattr(lock, "_context", None), "lock_file_fd", None)
     return [] if handle is None else [handle]
 
 
-def is_in_place(lock) -> bool:
+def is_in_place(lock: "FileLock") -> bool:
     """Whether a FileLock that we hold is still the one that its path names: its folder may have been moved away after it was
     opened, and before it was ours."""
     handles = held_by_children(lock)
@@ -194,7 +198,7 @@ def show_life() -> None:
 class Life:
     """In the launcher: how long ago its cell last showed that it gets on. `handle` is what the cell inherits."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.reader, self.handle = os.pipe()
         for end in (self.reader, self.handle):
             os.set_blocking(end, False)

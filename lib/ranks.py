@@ -15,15 +15,23 @@ import gc
 import os
 import warnings
 from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from lib.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lib.config import Config
 
 BUCKET_MIB = 25  # gradients that are reduced in one go, while the backward pass goes on with the next
 RANK, WORLD_SIZE, LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"  # as torchrun sets them
 LONGEST_WAIT = timedelta(days=1)  # of one rank for another: CELL_TIMEOUT tells a hang from work
 
 
-def split(cfg, size: int) -> tuple[int, int]:
+def split(cfg: "Config", size: int) -> tuple[int, int]:
     """Sequences of a rank's micro-batch, and how many of these it takes a step, when there are `size` ranks.
 
     The micro-batch is the largest that divides the rank's share and is no larger than BATCH_SIZE. UserError if the global
@@ -41,7 +49,7 @@ def split(cfg, size: int) -> tuple[int, int]:
     return micro_batch, share // micro_batch
 
 
-def one_process(cfg) -> bool:
+def one_process(cfg: "Config") -> bool:
     """Whether a cell has no step to share, or something to compute before its first one that is not shared."""
     return cfg.EVALUATE_ONLY or bool(cfg.KVSPLICE and cfg.INIT_FROM_STEP)
 
@@ -55,17 +63,17 @@ class Alone:
     """The only process. Every other form of ranks has these methods, and says what they mean for several."""
 
     rank, size, first = 0, 1, True
-    stream = ()  # what the purpose of a rank's own random stream ends with
+    stream: tuple = ()  # what the purpose of a rank's own random stream ends with
 
     def agree(self, progress: float, *flags: bool) -> tuple:
         """The first rank's progress, and of each flag whether any rank raises it."""
         return progress, *flags
 
-    def mean(self, value):
+    def mean(self, value: Tensor) -> Any:
         """Mean of a tensor over the ranks, in place."""
         return value
 
-    def total(self, value):
+    def total(self, value: Tensor) -> Any:
         """Sum of a tensor over the ranks, in place."""
         return value
 
@@ -76,11 +84,11 @@ class Alone:
     def wait(self) -> None:
         """Until every rank has come here."""
 
-    def parallel(self, module, changing: bool):
+    def parallel(self, module: Any, changing: bool) -> "torch.nn.Module":
         """`module` with parameters whose gradients are the mean over the ranks. `changing`: some of them may get none."""
         return module
 
-    def unreduced(self, module):
+    def unreduced(self, module: Any) -> contextlib.AbstractContextManager[Any]:
         """A context in which gradients of what `parallel` gave are only added up."""
         return contextlib.nullcontext()
 
@@ -100,7 +108,7 @@ class Group(Alone):
     Tensors on a GPU travel by NCCL, those of the host by gloo.
     """
 
-    def __init__(self, device):
+    def __init__(self, device: "torch.device"):
         import torch.distributed
 
         # Otherwise a program is cut wherever a bucket is full: more and smaller ones than one process has.
@@ -112,7 +120,7 @@ class Group(Alone):
         self.first = self.rank == 0
         self.stream = () if self.first else (self.rank,)
 
-    def agree(self, progress, *flags):
+    def agree(self, progress: float, *flags: Any) -> tuple:
         import torch
 
         message = torch.tensor([progress if self.first else 0.0, *map(float, flags)], dtype=torch.float64)
@@ -120,21 +128,21 @@ class Group(Alone):
         progress, *raised = message.tolist()
         return progress, *(value > 0 for value in raised)
 
-    def mean(self, value):
+    def mean(self, value: Tensor) -> Any:
         return self.total(value).div_(self.size)
 
-    def total(self, value):
+    def total(self, value: Tensor) -> Any:
         self.distributed.all_reduce(value)
         return value
 
-    def largest(self, value):
+    def largest(self, value: Any) -> Any:
         import torch
 
         message = torch.tensor(value, dtype=torch.int64)
         self.distributed.all_reduce(message, self.distributed.ReduceOp.MAX)
         return message.item()
 
-    def parallel(self, module, changing):
+    def parallel(self, module: Any, changing: bool) -> "torch.nn.Module":
         from torch.nn.parallel import DistributedDataParallel
 
         with warnings.catch_warnings():
@@ -146,21 +154,21 @@ class Group(Alone):
         The graph is not declared static: torch then refuses a first step that is made of several micro-batches."""
         return {"broadcast_buffers": False, "gradient_as_bucket_view": True, "bucket_cap_mb": BUCKET_MIB}
 
-    def unreduced(self, module):
+    def unreduced(self, module: Any) -> contextlib.AbstractContextManager[Any]:
         return module.no_sync()
 
-    def wait(self):
+    def wait(self) -> None:
         self.largest(0)
 
-    def release(self):
+    def release(self) -> None:
         gc.collect()  # it refers to itself, and holds as many bytes as the gradients
 
-    def leave(self):
+    def leave(self) -> None:
         self.wait()
         self.distributed.destroy_process_group()
 
 
-def join(cfg, device) -> Alone:
+def join(cfg: "Config", device: "torch.device") -> Alone:
     """The ranks of this cell, of which this process is one."""
     if int(os.environ.get(WORLD_SIZE) or 1) == 1 or one_process(cfg):
         return ALONE

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from lib import atomic
 from lib.errors import UserError
@@ -43,7 +44,7 @@ KINDS = {
 LARGEST = 1e100  # of a number: its square is one too
 
 
-def write(folder: Path, provenance: dict, state: str, reason: str | None = None, **measured) -> dict:
+def write(folder: Path, provenance: dict, state: str, reason: str | None = None, **measured: Any) -> dict:
     """Write the record of a cell; `provenance` (from provenance.json) says which cell it is."""
     if state not in STATES:
         raise ValueError(f"metrics.json has no state {state}")
@@ -89,7 +90,7 @@ def _finite(text: str) -> float:
     return value
 
 
-def _flaw(record) -> str | None:
+def _flaw(record: Any) -> str | None:
     """Why no reader may rely on the record, None if it may: its state, its identity, the kind of every value, and its loss
     and cost where it is done."""
     if not isinstance(record, dict) or record.get("format") != FORMAT or record.get("state") not in STATES:
@@ -105,12 +106,12 @@ def _flaw(record) -> str | None:
     return next((f"its {key} is no {KINDS[key]}" for key in wrong), None)
 
 
-def is_number(value) -> bool:
+def is_number(value: Any) -> bool:
     """Whether a value of JSON is a number to calculate with."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
-def _is(kind: str, value) -> bool:
+def _is(kind: str, value: Any) -> bool:
     if kind == "text":
         return isinstance(value, str)
     if kind == "flag":

@@ -14,12 +14,16 @@ import re
 import resource
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lib.errors import UserError
 from lib.paths import ROOT
 from lib.ranks import LOCAL_RANK
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 # What makes no number, files and packages. A module that is not listed counts; when in doubt, list nothing.
 MAKES_NO_NUMBER = (
@@ -39,7 +43,7 @@ MAKES_NO_NUMBER = (
 IMPORTED_BUT_MAKES_NO_NUMBER = ("lib/agent.py", "lib/errors.py", "lib/failures.py", "lib/slots.py", "lib/steps.py")
 
 
-def setup(cfg) -> torch.device:
+def setup(cfg: "Config") -> torch.device:
     """Set threads and matmul precision as configured and return the device of this cell."""
     if cfg.CPU_THREADS:
         torch.set_num_threads(cfg.CPU_THREADS)
@@ -53,12 +57,12 @@ def setup(cfg) -> torch.device:
     return device
 
 
-def precision(cfg, device: torch.device) -> str:
+def precision(cfg: "Config", device: torch.device) -> str:
     """What matmuls compute in: GPT2_AMP_DTYPE on a GPU, float32 on the CPU."""
     return cfg.GPT2_AMP_DTYPE if device.type == "cuda" else "float32"
 
 
-def autocast(cfg, device: torch.device):
+def autocast(cfg: "Config", device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The autocast context of forward passes."""
     if precision(cfg, device) == "float32":
         return contextlib.nullcontext()
@@ -119,7 +123,7 @@ def processor() -> str:
     return named[1].strip() if named else platform.processor() or platform.machine()
 
 
-def environment(cfg, device: torch.device, world_size: int = 1) -> dict:
+def environment(cfg: "Config", device: torch.device, world_size: int = 1) -> dict:
     """What a reader needs to know to believe a comparison. Taken before training, while the files are those that run."""
     files = sources()
     return {

@@ -6,6 +6,10 @@ kind, and the schedule depends on progress, so that every arm finishes its sched
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 WARMUP_SHARE = 0.1  # a warm-up of N steps ends after N steps or this share of the budget, whichever is first
 
@@ -18,7 +22,7 @@ class Budget:
     iterations: int | None
 
     @classmethod
-    def from_config(cls, cfg) -> "Budget":
+    def from_config(cls, cfg: "Config") -> "Budget":
         if cfg.EVALUATE_ONLY:
             return cls(None, 0)
         if cfg.GPT2_MAX_TIME:
@@ -33,12 +37,12 @@ class Budget:
         return min(used, 1.0)
 
 
-def tokens_per_iteration(cfg) -> int:
+def tokens_per_iteration(cfg: "Config") -> int:
     """Tokens of one optimizer step."""
     return cfg.BATCH_SIZE * cfg.GPT2_GRADIENT_ACCUMULATION * cfg.GPT2_BLOCK_SIZE
 
 
-def learning_rate(cfg, iteration: int, progress: float) -> float:
+def learning_rate(cfg: "Config", iteration: int, progress: float) -> float:
     """Rate of step `iteration` (from 0): linear warm-up times a cosine of progress from LEARNING_RATE to GPT2_MIN_LR.
 
     LEARNING_RATE_MULT scales the whole of it.

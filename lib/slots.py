@@ -19,9 +19,11 @@ import stat
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from lib import generations, ranks
 from lib.errors import UserError
@@ -61,7 +63,7 @@ def devices_of_cell(jobs: int, gpus: int, gpus_per_step: int, cells_per_gpu: int
     return gpus if jobs == 1 and cells_per_gpu == 1 else 1
 
 
-def cells_at_once(find_gpus, gpus_per_step: int, cells_per_gpu: int) -> int:
+def cells_at_once(find_gpus: Callable[[], list[str]], gpus_per_step: int, cells_per_gpu: int) -> int:
     """How many cells have room side by side on the GPUs that `find_gpus()` gives: what make runs where nobody says -jN or
     JOBS. One, without looking, where it takes them all; and one where there is no GPU."""
     if not gpus_per_step and cells_per_gpu == 1:
@@ -121,7 +123,7 @@ def _visible(installed: list[tuple[str, str]], wanted: str | None) -> list[str]:
 
 
 @contextlib.contextmanager
-def held(config: str, folder: Path, title: str, ended):
+def held(config: str, folder: Path, title: str, ended: Callable[[], bool]) -> Iterator[Any]:
     """The slots of the cell in `folder`, for as long as the block (and the cell, which inherits their descriptors) runs; None
     if `ended()` came before one was free. `config` is the cell's .config, `title` what to call it while it waits.
 
@@ -130,12 +132,12 @@ def held(config: str, folder: Path, title: str, ended):
     symbol = {match[1]: match[2].strip('"') for match in map(SET.fullmatch, config.splitlines()) if match}
     per_gpu, per_step = (int(symbol.get(name, default)) for name, default in (("CELLS_PER_GPU", "1"), ("GPUS_PER_STEP", "0")))
     alone = {name: symbol.get(name) == "y" for name in ("EVALUATE_ONLY", "KVSPLICE")}
-    if ranks.one_process(SimpleNamespace(**alone, INIT_FROM_STEP=symbol.get("INIT_FROM_STEP"))):
+    if ranks.one_process(SimpleNamespace(**alone, INIT_FROM_STEP=symbol.get("INIT_FROM_STEP"))):  # type: ignore[arg-type]
         per_step = 1  # it would leave the others idle
     there = [] if symbol.get("DEVICE") == "cpu" else gpus()
     needed = devices_of_cell(jobs_of_make(), len(there), per_step, per_gpu)
     _forget(folder)  # of a part that is lost
-    handles = ()
+    handles: tuple[int, ...] = ()
     try:
         slot = _waited_for(there, needed, per_gpu, folder, title, ended) if needed else _on_cpu(folder)
         handles = slot.handles if slot else ()
@@ -159,7 +161,8 @@ def shared(folder: Path) -> bool | None:
     return (folder / MARK).exists() if os.environ.get(SLOT_VARIABLE) else None
 
 
-def _waited_for(there: list[str], needed: int, per_gpu: int, folder: Path, title: str, ended) -> Slot | None:
+def _waited_for(there: list[str], needed: int, per_gpu: int, folder: Path, title: str,
+                ended: Callable[[], bool]) -> Slot | None:
     said = False
     while not ended():
         try:
@@ -205,7 +208,7 @@ def _home() -> Path:
     return path
 
 
-def _take(home: Path, there: list[str], needed: int, places: int | None, folder: Path):
+def _take(home: Path, there: list[str], needed: int, places: int | None, folder: Path) -> Any:
     """(devices, handles) of `needed` devices with `places` slots each (None: any number), or None if there are not so many
     with a free one. Those with the fewest neighbours first. All or nothing, one taker at a time."""
     turn = os.open(home / "turn", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)

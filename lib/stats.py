@@ -7,8 +7,10 @@ lib/anytime.py.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from scipy.special import nctdtr, stdtr, stdtrit
@@ -40,7 +42,7 @@ class Estimate:
     method: str
 
 
-def paired(differences) -> Estimate:
+def paired(differences: Sequence[float]) -> Estimate:
     """Paired t interval and test of a mean difference of zero; `differences` are arm minus reference, one a seed."""
     d = np.asarray(differences, float)
     n, mean = len(d), float(np.mean(d))
@@ -49,7 +51,7 @@ def paired(differences) -> Estimate:
     return _student(mean, float(np.std(d, ddof=1)) / math.sqrt(n), n - 1, n, n, "paired")
 
 
-def welch(arm, reference) -> Estimate:
+def welch(arm: Any, reference: Any) -> Estimate:
     """Welch's t for two sets of seeds that are not the same (Welch 1947; degrees of freedom of Satterthwaite)."""
     a, b = np.asarray(arm, float), np.asarray(reference, float)
     mean = float(np.mean(a) - np.mean(b))
@@ -61,7 +63,7 @@ def welch(arm, reference) -> Estimate:
     return _student(mean, float(math.sqrt(va + vb)), df, len(a), len(b), "welch")
 
 
-def _student(mean, se, df, n, n_reference, method) -> Estimate:
+def _student(mean: float, se: float, df: float, n: int, n_reference: int | None, method: str) -> Estimate:
     half = float(stdtrit(df, 1 - ERROR_RATE / 2)) * se
     return Estimate(mean, mean - half, mean + half, two_sided_p(mean, se, df), n, n_reference, se, df, method)
 
@@ -83,7 +85,7 @@ def equivalence_p(estimate: Estimate, margin: float) -> float | None:
     return float(stdtr(estimate.df, -distance / estimate.se))
 
 
-def sign_flip(differences) -> tuple[float, float]:
+def sign_flip(differences: Sequence[float]) -> tuple[float, float]:
     """Two-sided p of the exact sign-flip (randomisation) test of the mean, and the smallest p these seeds allow.
 
     Every pattern of signs is as likely as the one seen if the differences are symmetric about zero (Fisher 1935).
@@ -160,7 +162,7 @@ def seeds_needed(sd: float, difference: float, alpha: float = ERROR_RATE) -> int
     return None if high > MOST_SEEDS else high
 
 
-def correlation(arm, reference) -> float | None:
+def correlation(arm: Any, reference: Any) -> float | None:
     """Pearson's correlation over seeds: how much of the noise the pairing removes. None where an arm does not vary."""
     a, b = np.asarray(arm, float), np.asarray(reference, float)
     if len(a) < 3 or np.std(a) == 0 or np.std(b) == 0:
@@ -168,10 +170,11 @@ def correlation(arm, reference) -> float | None:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def ratio(arm, reference, estimator=paired) -> tuple[float, float | None, float | None]:
+def ratio(arm: Any, reference: Any, estimator: Any = paired) -> tuple[float, float | None, float | None]:
     """Geometric mean of the paired ratios arm/reference, with the 95 % interval of their logarithms by `estimator`."""
     found = estimator(np.log(np.asarray(arm, float)) - np.log(np.asarray(reference, float)))
-    return tuple(None if x is None else math.exp(x) for x in (found.difference, found.low, found.high))
+    return tuple(  # type: ignore[return-value]  # three of them
+        None if x is None else math.exp(x) for x in (found.difference, found.low, found.high))
 
 
 def single_run_difference(sd: float, n: int) -> float:

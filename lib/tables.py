@@ -1,9 +1,11 @@
 """Tables for people: aligned Markdown, so that what the terminal shows can be pasted into a report."""
 
+from typing import Any
+
 from lib.errors import one_line
 
 
-def table(header: list[str], rows: list[list[str]], right: str = "") -> str:
+def table(header: list[str], rows: list[list], right: str = "") -> str:
     """Aligned Markdown table. `right` holds an 'r' at each column that is set to the right: 'lrr'."""
     widths = [max(len(escaped(row[i])) for row in [header, *rows]) for i in range(len(header))]
     return table_head(header, widths, right) + "".join(table_row(row, widths, right) for row in rows)
@@ -22,7 +24,7 @@ def table_row(row: list[str], widths: list[int], right: str = "") -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
-def escaped(cell) -> str:
+def escaped(cell: Any) -> str:
     return one_line(str(cell)).replace("|", "\\|")
 
 

@@ -11,11 +11,15 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lib import atomic
 
+if TYPE_CHECKING:
+    from lib.config import Config
 
-def finite(value):
+
+def finite(value: Any) -> Any:
     """The value for strict JSON: NaN and infinities become null, also inside lists and objects."""
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
@@ -47,7 +51,7 @@ def first_rows(path: Path, number: int) -> list[str]:
 class MetricsLog:
     """Appends rows to `folder`/metrics.jsonl, keeping what is whole of the first `keep` rows there."""
 
-    def __init__(self, folder: Path, keep: int = 0, tracker=None):
+    def __init__(self, folder: Path, keep: int = 0, tracker: Any = None):
         path = Path(folder) / "metrics.jsonl"
         kept = first_rows(path, keep)
         if len(kept) < keep:
@@ -57,7 +61,7 @@ class MetricsLog:
         self.file = open(path, "a")  # noqa: SIM115 open until close()
         self.count, self.tracker = len(kept), tracker
 
-    def row(self, **values) -> None:
+    def row(self, **values: Any) -> None:
         self.file.write(json.dumps({k: finite(v) for k, v in values.items()}, allow_nan=False) + "\n")
         self.file.flush()
         self.count += 1
@@ -68,7 +72,7 @@ class MetricsLog:
         self.file.close()
         self._to_tracker("close")
 
-    def _to_tracker(self, call: str, *values) -> None:
+    def _to_tracker(self, call: str, *values: Any) -> None:
         if self.tracker is not None:
             try:
                 getattr(self.tracker, call)(*values)
@@ -82,7 +86,7 @@ class NoLog:
 
     count = 0
 
-    def row(self, **values) -> None:
+    def row(self, **values: Any) -> None:
         pass
 
     def close(self) -> None:
@@ -92,7 +96,7 @@ class NoLog:
 class Wandb:
     """Weights & Biases; WANDB_MODE decides between online, offline and disabled (offline by default)."""
 
-    def __init__(self, cfg, folder: Path, provenance: dict):
+    def __init__(self, cfg: "Config", folder: Path, provenance: dict):
         import wandb
 
         study, name = provenance["study"], folder.name
@@ -100,7 +104,7 @@ class Wandb:
         self.run = wandb.init(project=cfg.TRACKER_PROJECT, group=study, job_type=provenance["step"], name=name,
                               dir=str(folder), tags=[f"seed {cfg.SEED}"], config=cfg.as_json(),
                               id=re.sub(r"[^A-Za-z0-9_-]", "-", stable), resume="allow",
-                              mode=os.environ.get("WANDB_MODE", "offline"))
+                              mode=os.environ.get("WANDB_MODE", "offline"))  # type: ignore[arg-type]  # whatever the user says
 
     def log(self, values: dict) -> None:
         self.run.log({k: v for k, v in values.items() if k != "iteration"}, step=values["iteration"])
@@ -109,7 +113,7 @@ class Wandb:
         self.run.finish()
 
 
-def open_tracker(cfg, folder: Path, provenance: dict):
+def open_tracker(cfg: "Config", folder: Path, provenance: dict) -> Any:
     """The configured tracker, or None; a tracker that cannot start is a warning. `provenance` says which cell it is."""
     if cfg.TRACKER == "none":
         return None

@@ -83,7 +83,8 @@ def _measure(arm: Arm, reference: Arm, order: list[int], margin: float, test: st
     if found.gates and found.missing and shared and not is_paired:
         # Half of a study that runs on several machines: only its whole blocks can be compared yet.
         is_paired = True
-        found.gates = gates.broken(*({s: one.records[s] for s in shared} for one in (arm, reference)), names, paired=True)
+        found.gates = gates.broken({s: arm.records[s] for s in shared}, {s: reference.records[s] for s in shared}, names,
+                                   paired=True)
     if found.gates or not arm.records or not reference.records:
         return found
     losses, base = ({seed: record["val_loss"] for seed, record in one.records.items()} for one in (arm, reference))

@@ -51,4 +51,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     with reported():
-        sys.exit(main())
+        main()

@@ -11,8 +11,10 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from lib import batch_size, own_process, process
 from lib.cells import expand
@@ -22,15 +24,18 @@ from lib.paths import shown
 from lib.plan import Plan
 from scripts.plan import options_from_environment
 
+if TYPE_CHECKING:
+    from lib.config import Config
+
 TOKENS = 100_000  # of the random corpus, beside one window
 
 
-def trial_of(cfg, folder: Path, *words) -> dict:
+def trial_of(cfg: "Config", folder: Path, *words: Any) -> dict:
     """What this script prints with these options in a process of its own."""
     return own_process.run(cfg, folder, "trying a micro-batch", "scripts.batch_size", *words)
 
 
-def in_a_process(share: float):
+def in_a_process(share: float) -> Callable[..., Any]:
     """The probe for GPUs."""
     def probe(program: batch_size.Program, micro_batch: int) -> int | None:
         begun = time.monotonic()
@@ -45,7 +50,7 @@ def in_a_process(share: float):
     return probe
 
 
-def device(cfg) -> dict:
+def device(cfg: "Config") -> dict:
     """The device that cells of `cfg` run on."""
     import torch
 
@@ -58,7 +63,7 @@ def device(cfg) -> dict:
             "memory_bytes": torch.cuda.get_device_properties(where).total_memory}
 
 
-def trial(cfg, share: float, folder: Path) -> int | None:
+def trial(cfg: "Config", share: float, folder: Path) -> int | None:
     """Peak memory in bytes of a cell of two iterations of `cfg` in `folder`; None if it does not fit."""
     import torch
 
@@ -81,7 +86,7 @@ def trial(cfg, share: float, folder: Path) -> int | None:
     return max(progress.peak_memory_bytes, runtime.peak_memory_bytes(where))
 
 
-def rehearse(cfg, where, folder: Path, progress, stop, begun: float) -> None:
+def rehearse(cfg: "Config", where: Any, folder: Path, progress: Any, stop: Any, begun: float) -> None:
     """A cell of `cfg` on random tokens, on the device `where`, through the training loop, which keeps its account in
     `progress`. `begun` is the time.perf_counter() at which it began."""
     import numpy as np

@@ -63,7 +63,7 @@ def statistics(runs: int) -> None:
     print("studies of 6 steps that all equal the baseline")
     wrong, naive = s.false_wins(6, 3, many, rng)
     unlimited = s.unlimited_looks(6, 200, 400 * runs, rng)
-    rows = [["best of single runs", many, naive], ["Holm's paired t, 3 seeds", many, wrong],
+    rows: list[list] = [["best of single runs", many, naive], ["Holm's paired t, 3 seeds", many, wrong],
             ["anytime-valid, a look after each of 200 seeds", 400 * runs, unlimited]]
     print(table(["rule", "studies", "with a false claim"], [[rule, n, f"{100 * p:.1f} %"] for rule, n, p in rows], "lrr"))
     few = 60 * runs

@@ -24,6 +24,7 @@ import pkgutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -41,6 +42,9 @@ from lib.tables import table, table_head, table_row
 from scripts import benching
 from scripts.benching.lost_designs import DESIGNS
 
+if TYPE_CHECKING:
+    from lib.config import Config
+
 FORMAT = 1
 PASSES = {"forward": False, "forward+backward": True}
 HEADER = ["attention", "type", "mode", "pass", "ms", "min .. max", "time", "min .. max", "memory, MiB", "memory", "note"]
@@ -54,7 +58,8 @@ SIZES = {"cuda": (8, 12, 1024, 64), "cpu": (2, 4, 128, 64)}
 class Subject:
     """An attention module on one input, in one type and mode."""
 
-    def __init__(self, module, shape: tuple[int, int, int], device, dtype: torch.dtype, compiled: bool):
+    def __init__(self, module: torch.nn.Module, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype,
+                 compiled: bool):
         self.module, self.device, self.dtype = module.to(device).train(), device, dtype
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(shape, generator=generator).to(device).requires_grad_()
@@ -62,7 +67,7 @@ class Subject:
         if compiled:
             module.compile(dynamic=False)
 
-    def call(self, backward: bool):
+    def call(self, backward: bool) -> torch.Tensor:
         """One pass; what came out."""
         autocast = (contextlib.nullcontext() if self.dtype == torch.float32
                     else torch.autocast(self.device.type, dtype=self.dtype))
@@ -84,19 +89,19 @@ class Subject:
         return (time.perf_counter() - begun) / calls
 
 
-def built(cfg):
+def built(cfg: "Config") -> torch.nn.Module:
     """The attention of a first block as a configuration has it."""
     return pkgutil.resolve_name(cfg.BLOCK_CLASS)(cfg, 0).attn
 
 
-def attention_of(cfg):
+def attention_of(cfg: "Config") -> torch.nn.Module:
     """The same with its start."""
     module = built(cfg)
     init_weights(module, cfg.SEED)
     return module
 
 
-def design(name: str, cfg, rank: int):
+def design(name: str, cfg: "Config", rank: int) -> torch.nn.Module:
     """One of the designs that lost, with its start."""
     module = DESIGNS[name](cfg.GPT2_N_EMBD, cfg.GPT2_N_HEAD, rank, bias=cfg.GPT2_BIAS, init_seed=None,
                            proj_std=residual_std(cfg.GPT2_N_LAYER))
@@ -119,10 +124,11 @@ EMPTY = dict.fromkeys([f"{name}{end}" for name in ("seconds", "time") for end in
     "memory_bytes", "memory", "error"])
 
 
-def measure(arms: dict[str, Callable], first: Callable, shape, device, dtype: str, compiled: bool, rounds: int,
+def measure(arms: dict[str, Callable], first: Callable, shape: Any, device: torch.device, dtype: str, compiled: bool,
+            rounds: int,
             iterations: int) -> list[dict]:
     """Rows of all arms in one type and mode, pass by pass. `first` builds the baseline that stands between them."""
-    def start(build) -> Subject:
+    def start(build: Any) -> Subject:
         subject = Subject(build(), shape, device, getattr(torch, dtype), compiled)
         for backward in PASSES.values():
             subject.block(COMPILE_WARMUP_STEPS, backward)
@@ -195,7 +201,7 @@ def show(path: Path) -> str:
             + table(HEADER, [line(row) for row in record["rows"]], RIGHT) + best_table(record["rows"], record["baseline"]))
 
 
-def bench(study: Study, steps: list[str], options, dtypes: list[str], modes: list[bool], iterations: int) -> None:
+def bench(study: Study, steps: list[str], options: Any, dtypes: list[str], modes: list[bool], iterations: int) -> None:
     """Measure `steps`, the baseline before them and the designs after; print rows, and keep them in options.out."""
     first = baseline(study)
     cfg = study.resolve(first).config

@@ -35,8 +35,10 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -52,6 +54,9 @@ from lib.mechanisms import Mechanisms, Moment
 from lib.steps import step_files, step_path
 from lib.tables import table, table_head, table_row
 from scripts.benching import check_options, failure, narrator, release, shown, spread
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 FORMAT = 1
 HEADER = ["step", "context", "batch", "first token, ms", "tokens/s", "min .. max", "speed", "cache, MiB", "cache",
@@ -100,7 +105,7 @@ class Subject:
             self.next(self.tokens[:, :self.context - self.positions], self.cache)
         self.start = Rewind(self.cache, contents=self.eager)
 
-    def next(self, tokens, cache):
+    def next(self, tokens: torch.Tensor, cache: Any) -> torch.Tensor:
         """The likeliest token after `tokens`, [batch, 1]."""
         return likeliest(self.model(tokens, cache=cache, last=True)[0][:, 0], self.model.vocab_size)
 
@@ -148,7 +153,7 @@ class Subject:
         return own + prompt, own + held + decoding
 
 
-def likeliest(logits, vocab_size: int):
+def likeliest(logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """logits [batch, a multiple of VOCAB_MULTIPLE] -> the first largest of a row below `vocab_size`, int64 [batch, 1]. In two
     stages: one over all of a row is the work of a single processor of a GPU."""
     logits = logits.masked_fill(torch.arange(logits.size(-1), device=logits.device) >= vocab_size, float("-inf"))
@@ -157,7 +162,7 @@ def likeliest(logits, vocab_size: int):
     return first * VOCAB_MULTIPLE + where.gather(-1, first)
 
 
-def uncompiled():
+def uncompiled() -> Any:
     return torch.compiler.set_stance("force_eager")
 
 
@@ -165,7 +170,7 @@ class Rewind:
     """The state of a cache, to be put back: the attributes of the cache and of its layers, with `contents` their tensors'
     numbers too, so that what was evicted is there again."""
 
-    def __init__(self, cache, contents: bool):
+    def __init__(self, cache: Any, contents: bool):
         self.attributes = [(thing, dict(vars(thing))) for thing in (cache, *cache.layers)]
         self.contents = [(t, t.clone()) for layer in cache.layers for t in layer.tensors()] if contents else []
 
@@ -177,7 +182,7 @@ class Rewind:
             tensor.copy_(kept)
 
 
-def build(cfg, device, dtype) -> GPT:
+def build(cfg: "Config", device: torch.device, dtype: torch.dtype) -> GPT:
     """The model of a configuration as it is for inference: told that its budget has ended, so that what decides has decided,
     and gates folded in."""
     model = GPT(cfg)
@@ -222,7 +227,7 @@ EMPTY = dict.fromkeys([f"{name}{end}" for name in NAMES for end in ("", "_min", 
     "peak_decoding_bytes", "moved_bytes", "floor_share", "parameters", "error"])
 
 
-def attempt(call, batch: int | None = None):
+def attempt(call: Callable[[], Any], batch: int | None = None) -> tuple[Any, Any]:
     """(what `call` returns, None), or (None, why it failed): a step that does not run is a row."""
     try:
         return call(), None
@@ -272,7 +277,7 @@ def kinds_of_caches(study: Study, first: str) -> list[str]:
     return list(found.values())
 
 
-def sized(study: Study, step: str, context: int):
+def sized(study: Study, step: str, context: int) -> "Config":
     """The step's configuration, of the study's own block size where the context fits into it."""
     cfg = study.resolve(step).config
     if context <= cfg.GPT2_BLOCK_SIZE:

@@ -18,7 +18,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,6 +36,9 @@ from lib.tables import table, table_head, table_row
 from scripts import benching
 from scripts.benching import kernels
 
+if TYPE_CHECKING:
+    from lib.config import Config
+
 FORMAT = 1
 PROFILED = 3  # steps whose kernels are counted
 HEADER = ["step", "bucket, MiB", "one, ms", "all, ms", "speed", "min .. max", "efficiency", "reduction, ms", "kernels, ms"]
@@ -45,14 +50,14 @@ class Tried(ranks.Group):
 
     bucket_mib, static = ranks.BUCKET_MIB, False
 
-    def options(self):
+    def options(self) -> dict:
         return super().options() | {"bucket_cap_mb": self.bucket_mib, "static_graph": self.static}
 
 
 class Shared:
     """A model that is trained alone and together, one after the other, on the same batches."""
 
-    def __init__(self, cfg, device, group: Tried, compiled: str):
+    def __init__(self, cfg: "Config", device: torch.device, group: Tried, compiled: str):
         self.cfg, self.device, self.group = cfg, device, group
         self.model = GPT(cfg).to(device).train()
         if compiled == "whole":
@@ -64,7 +69,7 @@ class Shared:
         tokens = torch.randint(cfg.VOCAB_SIZE, (cfg.BATCH_SIZE, cfg.GPT2_BLOCK_SIZE + 1), generator=made)
         self.x, self.y = tokens[:, :-1].contiguous().to(device), tokens[:, 1:].contiguous().to(device)
 
-    def block(self, steps: int, gradient, group: ranks.Alone, parts: int) -> float:
+    def block(self, steps: int, gradient: Any, group: ranks.Alone, parts: int) -> float:
         """Seconds of a step."""
         runtime.synchronize(self.device)
         self.group.wait()
@@ -88,7 +93,8 @@ def arrangements(buckets: list[int]) -> list[tuple[int, bool]]:
     return [*((size, False) for size in buckets), (buckets[0], True)]
 
 
-def measure(cfg, device, group: Tried, compiled: str, buckets: list[int], rounds: int, iterations: int):
+def measure(cfg: "Config", device: torch.device, group: Tried, compiled: str, buckets: list[int], rounds: int,
+            iterations: int) -> Iterator[dict]:
     """A row for each arrangement, as it is known."""
     shared = Shared(cfg, device, group, compiled)
     parts = group.size
@@ -133,9 +139,9 @@ def show(path: Path) -> str:
             + table(HEADER, [line(row, record["ranks"]) for row in record["rows"]], RIGHT))
 
 
-def bench(study: Study, steps: list[str], options, size: int) -> None:
+def bench(study: Study, steps: list[str], options: Any, size: int) -> None:
     """In each of `size` ranks: measure `steps`; the first prints rows, and keeps them in options.out."""
-    def configured(step: str):
+    def configured(step: str) -> "Config":
         cfg = study.resolve(step).config
         return cfg.replace(BATCH_SIZE=options.batch or cfg.BATCH_SIZE, GPT2_GRADIENT_ACCUMULATION=size, BATCH_DRAWN=0)
 

@@ -23,6 +23,7 @@ import json
 import os
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,6 +39,9 @@ from lib.steps import step_files, step_path
 from lib.tables import table, table_head, table_row
 from scripts import benching
 
+if TYPE_CHECKING:
+    from lib.config import Config
+
 FORMAT = 1
 HEADER = ["step", "ms a step", "time", "min .. max", "memory, MiB", "memory", "note"]
 RIGHT = "lrrrrrl"
@@ -46,7 +50,7 @@ RIGHT = "lrrrrrl"
 class Subject(benching.Training):
     """A model in training on one batch, which is the same for every model of these sizes."""
 
-    def __init__(self, cfg, device, batch: int, compiled: str, progress: float | None = None,
+    def __init__(self, cfg: "Config", device: torch.device, batch: int, compiled: str, progress: float | None = None,
                  closed: float = 0.0):
         model = GPT(cfg).to(device).train()
         paths = gates(model.transformer.h)
@@ -59,11 +63,11 @@ class Subject(benching.Training):
         tokens = torch.randint(cfg.VOCAB_SIZE, (batch, cfg.GPT2_BLOCK_SIZE + 1), generator=torch.Generator().manual_seed(0))
         self.x, self.y = tokens[:, :-1].contiguous().to(device), tokens[:, 1:].contiguous().to(device)
 
-    def batch(self):
+    def batch(self) -> Any:
         return self.x, self.y
 
 
-def measure(cfg, first: Subject, rounds: int, iterations: int, **options) -> dict:
+def measure(cfg: "Config", first: Subject, rounds: int, iterations: int, **options: Any) -> dict:
     """The numbers of one step, beside those of the baseline `first`."""
     subject, _ = benching.started(lambda: Subject(cfg, first.device, **options), first.device)
     beside, own = benching.in_turns([lambda: first.block(iterations), lambda: subject.watched(iterations)], rounds)
@@ -77,7 +81,7 @@ EMPTY = dict.fromkeys(("seconds", "baseline_seconds", "time", "time_min", "time_
                        "flops"))
 
 
-def measured(cfg, first: Subject, **options) -> dict:
+def measured(cfg: "Config", first: Subject, **options: Any) -> dict:
     """What `measure` found, or why it found nothing."""
     try:
         try:
@@ -120,7 +124,7 @@ def bench(study: Study, steps: list[str], batch: int | None, compiled: str | Non
     cfg = study.resolve(name).config
     device = runtime.setup(cfg)
     compiled = compiled or ("whole" if device.type == "cuda" else "no")
-    options = {"batch": batch or cfg.BATCH_SIZE, "compiled": compiled, "progress": progress, "closed": closed}
+    options: dict[str, Any] = {"batch": batch or cfg.BATCH_SIZE, "compiled": compiled, "progress": progress, "closed": closed}
     if compiled != "no":
         lift_compile_limits()
     steps = list(dict.fromkeys([name, *steps]))

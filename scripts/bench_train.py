@@ -24,6 +24,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 
@@ -51,8 +52,9 @@ EMPTY = dict.fromkeys([f"{name}{end}" for name in ("seconds", "time") for end in
     "train_loss", "val_loss", "train_loss_std", "val_loss_std", "kernels", "remark", "error"])
 
 
-def timed(arms: list[Arm], device, seed: int, batches: Callable, batch: int, rounds: int, iterations: int, compiled: bool,
-          profiled: int, peak: float | None, say) -> list[dict]:
+def timed(arms: list[Arm], device: torch.device, seed: int, batches: Callable, batch: int, rounds: int, iterations: int,
+          compiled: bool,
+          profiled: int, peak: float | None, say: Any) -> list[dict]:
     """A row an arm, without losses."""
     rows, running = {arm.name: {"arm": arm.name, "batch": batch} | EMPTY for arm in arms}, {}
     for arm in arms:
@@ -143,7 +145,7 @@ def kernel_table(rows: list[dict]) -> str:
     return f"\n{kernels.by_class(found)}" if found else ""
 
 
-def bench(study: Study, steps: list[str], peer: Peer | None, sizes: list[int], corpus, options) -> None:
+def bench(study: Study, steps: list[str], peer: Peer | None, sizes: list[int], corpus: Any, options: Any) -> None:
     """Measure the baseline, `steps` and the peer at each batch size; print rows, and keep them in options.out."""
     steps = list(dict.fromkeys([baseline(study), *steps]))
     for step in steps:  # one that does not fit the study ends it at once
@@ -171,7 +173,7 @@ def bench(study: Study, steps: list[str], peer: Peer | None, sizes: list[int], c
     widths = [max(len(arm.name) for arm in arms), 5, 9, 16, 6, 16, 10, 5, 11, 6, 10, 15, 15, 4]
     print(table_head(HEADER, widths, RIGHT), end="", flush=True)
     for size in sizes:
-        def batches(seed: int, size=size) -> Callable:
+        def batches(seed: int, size: Any = size) -> Callable:
             return batches_of(corpus, cfg.VOCAB_SIZE, seed, size, cfg.GPT2_BLOCK_SIZE)
 
         rows = timed(arms, device, cfg.SEED, batches(cfg.SEED), size, options.rounds, options.iterations, compiled,

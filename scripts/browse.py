@@ -13,6 +13,7 @@ from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from lib import atomic
 from lib.errors import UserError, reported
@@ -29,7 +30,7 @@ class Handler(SimpleHTTPRequestHandler):
     extensions_map = SimpleHTTPRequestHandler.extensions_map | {
         suffix: "text/plain; charset=utf-8" for suffix in (".log", ".jsonl", ".md", ".config", ".mk", ".csv")}
 
-    def send_head(self):
+    def send_head(self) -> Any:
         name = (self.headers.get("Host") or "").rpartition(":")[0] or self.headers.get("Host")
         if name not in (HOST, "localhost"):  # a page elsewhere must not read results by a name that it points at this machine
             return self.send_error(HTTPStatus.FORBIDDEN, "This server answers to 127.0.0.1 and localhost")
@@ -41,7 +42,7 @@ class Handler(SimpleHTTPRequestHandler):
             return self.send_index()
         return super().send_head()
 
-    def send_index(self):
+    def send_index(self) -> Any:
         body = index(Path(self.directory)).encode()
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Type", "text/html; charset=utf-8")
@@ -49,12 +50,12 @@ class Handler(SimpleHTTPRequestHandler):
         self.end_headers()
         return BytesIO(body)
 
-    def end_headers(self):
+    def end_headers(self) -> None:
         self.send_header("Cache-Control", "no-cache")
         self.send_header("X-Content-Type-Options", "nosniff")
         super().end_headers()
 
-    def log_request(self, *args):
+    def log_request(self, *args: Any) -> None:
         pass  # errors are still printed
 
 

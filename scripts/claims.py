@@ -11,6 +11,7 @@ import argparse
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def numbers_of(said: str) -> tuple[str, ...]:
     return tuple(found) or (str(WORDS.index(said.split()[0].lower()) + 1),)
 
 
-def measured_cells(text: str):
+def measured_cells(text: str) -> Iterator[tuple[int, int]]:
     """Spans of the numbers in table columns whose header names a measure."""
     header, at, lines = None, 0, text.splitlines(keepends=True)
     for line, below in zip(lines, [*lines[1:], ""], strict=True):
@@ -129,7 +130,8 @@ def unbacked(ledger: Ledger, root: Path = ROOT) -> list[tuple[str, str]]:
     return found
 
 
-def page_faults(page: str, text: str, references: list[tuple[int, str]], ledger: Ledger, root: Path):
+def page_faults(page: str, text: str, references: list[tuple[int, str]], ledger: Ledger,
+                root: Path) -> Iterator[tuple[str, str]]:
     """Faults of one page, whose text comes without code, comments and constants."""
     printed, taken = figures(text), set()
     for figure, following in zip(printed, [*(f.start for f in printed[1:]), len(text)], strict=False):

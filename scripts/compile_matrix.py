@@ -36,6 +36,7 @@ from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from string import ascii_uppercase
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -53,6 +54,9 @@ from lib.tables import table, table_head, table_row
 from scripts import benching
 from scripts.benching import SAME_PROGRAM, shown
 
+if TYPE_CHECKING:
+    from lib.config import Config
+
 FORMAT = 1
 FORMS = ("whole", "blocks")
 PRECISIONS = ("float32", "bfloat16")
@@ -69,11 +73,11 @@ class Watch:
     def __init__(self, backend: str):
         self.compile, self.made, self.called = torch._dynamo.lookup_backend(backend), 0, []
 
-    def __call__(self, graph, inputs):
+    def __call__(self, graph: Any, inputs: Any) -> Any:
         program, number = self.compile(graph, inputs), self.made
         self.made += 1
 
-        def call(*arguments):
+        def call(*arguments: Any) -> Any:
             self.called.append(number)
             return program(*arguments)
 
@@ -83,7 +87,7 @@ class Watch:
 class Traced:
     """A model that is compiled in one form and precision, and what its passes make and call."""
 
-    def __init__(self, cfg, device, form: str, precision: str, watch: Watch):
+    def __init__(self, cfg: "Config", device: torch.device, form: str, precision: str, watch: Watch):
         self.device, self.form, self.precision, self.watch = device, form, precision, watch
         self.called: list[int] = []  # by the last forward pass
         self.model = GPT(cfg).to(device)
@@ -164,7 +168,7 @@ def guard(why: str) -> str:
     return re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", said)[:150]
 
 
-def trace(cfg, form: str, precision: str, backend: str, layers: int) -> dict:
+def trace(cfg: "Config", form: str, precision: str, backend: str, layers: int) -> dict:
     """What came of one program in one form and precision."""
     begun = time.monotonic()
     found = {"form": form, "precision": precision, "phases": [], "error": None}
@@ -181,7 +185,7 @@ def trace(cfg, form: str, precision: str, backend: str, layers: int) -> dict:
     return found | {"seconds": time.monotonic() - begun}
 
 
-def traces(cfg, backend: str, layers: int) -> list[dict]:
+def traces(cfg: "Config", backend: str, layers: int) -> list[dict]:
     """One program in all forms and precisions."""
     return [trace(cfg, form, precision, backend, layers) for form in FORMS for precision in PRECISIONS]
 
@@ -224,7 +228,7 @@ def line(row: dict) -> list[str]:
         return [row["step"], *[""] * 7, broken(row)]
     both = phases["whole"] + phases["blocks"]
 
-    def programs(form):
+    def programs(form: str) -> str:
         return " + ".join(str(max(phase[kind] for phase in phases[form])) for kind in ("programs", "evaluation"))
 
     differ = "; ".join(dict.fromkeys(why for phase in phases["blocks"] for why in phase["differ"]))
@@ -260,7 +264,7 @@ def all_steps(first: str) -> list[str]:
     return list(dict.fromkeys([first, *step_files(), *(step for steps in listed for step in steps if "@" in step)]))
 
 
-def program(cfg) -> tuple:
+def program(cfg: "Config") -> tuple:
     """What two steps that are one program agree in."""
     left_out = {*SAME_PROGRAM, *SAME_MEMORY}
     return tuple((name, value) for name, value in cfg.as_json().items() if name not in left_out and not OPTIMIZER.match(name))

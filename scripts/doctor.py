@@ -16,9 +16,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lib.errors import UserError, one_line, reported
 from lib.paths import ROOT, shown
@@ -102,7 +103,7 @@ def torch_version() -> Iterator[Line]:
 
 # The configured study
 
-def configuration():
+def configuration() -> tuple[Any, Any]:
     """(study, why there is none): the configured one, or the default one where there is no .config."""
     try:
         from lib.config import Study
@@ -114,7 +115,7 @@ def configuration():
         return None, Line("warning", f"the configuration was not read, because {error.name} is not installed", "make setup")
 
 
-def cells_of(study):
+def cells_of(study: Any) -> tuple[Any, Any]:
     """(plan, finding): the study's plan under make's variables, as make plan sees it."""
     from lib.plan import Plan
     from scripts.plan import options_from_environment
@@ -128,7 +129,7 @@ def cells_of(study):
     return plan, Line("ok", f"study {study.name}: {len(plan.rows())} cells, {waiting} to run{where}")
 
 
-def data(config) -> Iterator[Line]:
+def data(config: Any) -> Iterator[Line]:
     from lib.data import open_corpus
     from lib.data.files import repo_path
     from lib.data.shards import verify_prepared
@@ -146,7 +147,7 @@ def data(config) -> Iterator[Line]:
                      f"{corpus.train.fingerprint()[:12]}{checked}")
 
 
-def vocabulary(config) -> Iterator[Line]:
+def vocabulary(config: Any) -> Iterator[Line]:
     """GPT-2's, for make data and make sample."""
     if config.TOKENIZER != "gpt2":
         yield Line("ok", "GPT-2's vocabulary is not needed: tokens are bytes")
@@ -179,7 +180,7 @@ def vocabulary(config) -> Iterator[Line]:
     yield Line("ok", f"GPT-2's vocabulary is in {folder}")
 
 
-def results(plan) -> Iterator[Line]:
+def results(plan: Any) -> Iterator[Line]:
     """The results folder: may be written, can be locked, and has room for what the study still writes."""
     folder = plan.out
     while not folder.exists():
@@ -202,7 +203,7 @@ def results(plan) -> Iterator[Line]:
         yield Line("warning" if free < 1.5 * needed else "ok", text)
 
 
-def lock_flaw(path) -> str | None:
+def lock_flaw(path: Path | str) -> str | None:
     """Why a lock on this file keeps nobody out; None if it does. Cells and plans are locked so."""
     with open(path, "rb+") as one, open(path, "rb+") as other:
         try:
@@ -216,7 +217,7 @@ def lock_flaw(path) -> str | None:
     return "a second lock was given on a locked file"
 
 
-def disk_needed(plan) -> int:
+def disk_needed(plan: Any) -> int:
     """Bytes that the cells still to run will write: a model each, and the checkpoints of those that run side by side."""
     waiting = [cell.resolved.config for cell, _, runs in plan.rows() if runs]
     sizes = sorted(map(parameters, waiting), reverse=True)
@@ -224,7 +225,7 @@ def disk_needed(plan) -> int:
             + sum(STATE_BYTES * COPIES * size for size in sizes[:plan.jobs]) + (SPARE if waiting else 0))
 
 
-def parameters(config) -> int:
+def parameters(config: Any) -> int:
     """About how many a model has, without building it: GPT-2's own count, and a tenth for mechanisms."""
     width = config.GPT2_N_EMBD
     block = (4 + 2 * config.GPT2_MLP_EXPANSION) * width * width
@@ -251,7 +252,7 @@ def driver() -> tuple[str, str] | None:
     return (", ".join(row[0] for row in rows), rows[0][2]) if not done.returncode and rows else None
 
 
-def gpu(config) -> Iterator[Line]:
+def gpu(config: Any) -> Iterator[Line]:
     wanted, card = config.DEVICE if config else "auto", driver()
     if importlib.util.find_spec("torch") is None:
         return
@@ -287,7 +288,7 @@ def gpu(config) -> Iterator[Line]:
         yield Line("warning", "there is no GPU, so the study will run on the CPU", "make defconfig-STUDY+tiny fits a CPU")
 
 
-def compiler(config) -> Iterator[Line]:
+def compiler(config: Any) -> Iterator[Line]:
     """What torch.compile calls."""
     if not config.GPT2_COMPILE:
         yield Line("ok", "no compiler is needed: GPT2_COMPILE is off")
@@ -303,7 +304,7 @@ def compiler(config) -> Iterator[Line]:
         yield Line("ok", f"torch.compile has {program} and Python's headers")
 
 
-def tracker(config) -> Iterator[Line]:
+def tracker(config: Any) -> Iterator[Line]:
     if config.TRACKER == "none":
         yield Line("ok", "no tracker is configured")
         return
@@ -321,7 +322,7 @@ def tracker(config) -> Iterator[Line]:
         yield Line("ok", f"tracker {config.TRACKER}" + (f", {mode}" if config.TRACKER == "wandb" else ""))
 
 
-def cores(config) -> Iterator[Line]:
+def cores(config: Any) -> Iterator[Line]:
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if there < config.CPU_THREADS:
         yield Line("warning", f"CPU_THREADS={config.CPU_THREADS}, but there are {there} cores", "lower it in make menuconfig")
@@ -333,6 +334,7 @@ def findings() -> Iterator[Line]:
     """Every line, in order. A check that fails itself is a line too: the others are still wanted."""
     study, refused = configuration()
     plan = None
+    check: Callable[..., Iterator[Line]]
     for check in (python, packages, torch_version):
         yield from _lines(check)
     if refused:
@@ -349,7 +351,7 @@ def findings() -> Iterator[Line]:
         yield from _lines(results, plan)
 
 
-def _lines(check, *arguments) -> Iterator[Line]:
+def _lines(check: Callable[..., Any], *arguments: Any) -> Iterator[Line]:
     try:
         yield from check(*arguments)
     except Exception as error:

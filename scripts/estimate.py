@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 BEGUN = time.perf_counter()  # a cell's start counts, imports too
 
@@ -27,6 +28,9 @@ from lib.plan import Plan  # noqa: E402
 from lib.tables import count, duration, plural, table  # noqa: E402
 from scripts.plan import options_from_environment  # noqa: E402
 
+if TYPE_CHECKING:
+    from lib.config import Config
+
 STEPS = 20  # of a probe
 EVAL_SAMPLES = 5  # batches of its evaluation, of which a cell's are multiples
 LONGEST_PROBE = 120.0  # seconds of its training, after which fewer steps have to do
@@ -36,13 +40,14 @@ EFFICIENCY = 0.9
 class StopsInTime:
     """Asks the loop to stop when a probe has trained for long enough."""
 
-    def __init__(self):
-        self.since, self.steps = None, 0
+    def __init__(self) -> None:
+        self.since: float | None = None
+        self.steps = 0
 
     training = property(lambda self: self.since is not None)
 
-    @training.setter
-    def training(self, _):
+    @training.setter  # type: ignore[no-redef]  # the setter only
+    def training(self, _: Any) -> None:
         self.since = time.perf_counter()
 
     @property
@@ -51,7 +56,7 @@ class StopsInTime:
         return self.steps > 2 and time.perf_counter() - self.since > LONGEST_PROBE
 
 
-def probe(cfg, folder: Path) -> dict:
+def probe(cfg: "Config", folder: Path) -> dict:
     """What a few steps of `cfg` in `folder` show: tokens a second, and seconds outside the budget of a whole cell (its start,
     its compiling and its evaluations, but no checkpoint)."""
     from lib import loop, runtime
@@ -110,7 +115,7 @@ def speeds_of(plan: Plan, cells: list[Cell], each: bool, efficiency: float) -> t
     return estimate.completed(found, cells), f"there is no finished cell yet: speeds are those of a probe of {of} on {device}"
 
 
-def described(plan: Plan, args) -> str:
+def described(plan: Plan, args: Any) -> str:
     """The estimate as text."""
     every = [cell for cell, _, _ in plan.rows() if plan.wants(cell)]
     speeds, source = speeds_of(plan, every, args.each, args.efficiency)

@@ -9,10 +9,10 @@ learning-rate sweep are left out. make's variables arrive in the environment (OU
 import argparse
 import json
 import math
-import sys
 import time
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from lib.plan import Plan
 from lib.tables import plural, table
 from scripts.plan import options_from_environment
 
+if TYPE_CHECKING:
+    from lib.config import Config
+
 FORMAT = 1
 NAME = "fisher.json"
 HEADER = ["step", "metric", "mean", "over seeds", "seeds", "difference (95 % CI)", "Holm p"]
@@ -39,7 +42,7 @@ def basis(record: dict, windows: int) -> dict:
             "eval_hash": record["data"]["eval_hash"], "windows_asked": windows}
 
 
-def read(folder: Path, cfg) -> dict | None:
+def read(folder: Path, cfg: "Config") -> dict | None:
     """The fisher.json in `folder`; None if there is none that can be read, or it is not what `measure` gives of a model of
     this configuration: it may have come in somebody's archive (lib/bundle.py)."""
     try:
@@ -58,7 +61,7 @@ def read(folder: Path, cfg) -> dict | None:
     return found if well_formed else None
 
 
-def is_number(value) -> bool:
+def is_number(value: Any) -> bool:
     """Whether a metric may have this value: None where it is not defined."""
     return value is None or (type(value) in (int, float) and math.isfinite(value))
 
@@ -66,7 +69,7 @@ def is_number(value) -> bool:
 def write(path: Path, value: dict | str) -> None:
     """JSON, or text as it is."""
     try:
-        (atomic.write_text if isinstance(value, str) else atomic.write_json)(path, value)
+        (atomic.write_text if isinstance(value, str) else atomic.write_json)(path, value)  # type: ignore[arg-type]
     except OSError as error:
         raise UserError(f"{shown(path)} cannot be written: {error.strerror or error}.",
                         "make it writable, or copy the folder and give the copy with make fim OUT=folder.") from None
@@ -75,10 +78,10 @@ def write(path: Path, value: dict | str) -> None:
 class Windows:
     """Inputs of evaluation windows by configuration; corpora are opened once each."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.sets: dict[tuple, EvalSet] = {}
 
-    def choose(self, cfg, eval_hash: str, count: int, name: str) -> torch.Tensor:
+    def choose(self, cfg: "Config", eval_hash: str, count: int, name: str) -> torch.Tensor:
         """[count, T] int64, spread evenly over the evaluation set of a cell, or all of it where it has fewer.
 
         UserError if the set is not the one with this hash.
@@ -97,7 +100,7 @@ class Windows:
         return torch.from_numpy(inputs[[i * (len(inputs) - 1) // max(1, count - 1) for i in range(count)]])
 
 
-def measure(folder: Path, cell, record: dict, windows: Windows, count: int) -> dict:
+def measure(folder: Path, cell: Any, record: dict, windows: Windows, count: int) -> dict:
     """What fisher.json of a cell holds. Forward passes are float32 on the cell's device."""
     cfg = cell.resolved.with_seed(cell.seed).config
     inputs = windows.choose(cfg, record["data"]["eval_hash"], count, cell.name)
@@ -156,11 +159,11 @@ def spread(values: list[float]) -> dict:
     return {"mean": fmean(values), "min": min(values), "max": max(values), "sd": stdev(values) if len(values) > 1 else None}
 
 
-def content(plan: Plan, found: dict, missing: dict, estimator, holm) -> dict:
+def content(plan: Plan, found: dict, missing: dict, estimator: Any, holm: Any) -> dict:
     """What the study's fisher.json holds: its steps with their spread over seeds, head by head and on average."""
     groups = group(plan.study, plan.found(plan.common))
     arms = {one.name: {cell.seed: found[cell.name] for cell, _ in one.cells if cell.name in found} for one in groups}
-    steps = []
+    steps: list[dict] = []
     for one in groups:
         base, mine = reference(plan.study, groups, one), arms[one.name]
         metrics = {}
@@ -186,7 +189,7 @@ def content(plan: Plan, found: dict, missing: dict, estimator, holm) -> dict:
             "steps": steps, "missing": missing}
 
 
-def difference(arm: dict, base: dict, metric: str, estimator) -> dict:
+def difference(arm: dict, base: dict, metric: str, estimator: Any) -> dict:
     """The paired difference over the seeds that both arms have on the same windows; nulls where there is none."""
     pairs = {seed: (mean(arm[seed], metric), mean(base[seed], metric)) for seed in sorted(arm.keys() & base.keys())
              if arm[seed]["eval_hash"] == base[seed]["eval_hash"]}
@@ -259,4 +262,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     with reported():
-        sys.exit(main())
+        main()

@@ -19,8 +19,8 @@ from lib.paths import shown
 def finished_cells(folder: Path | None) -> tuple[str, Path, list[dict]]:
     """(name of the study, its folder, the records of its finished cells), of a folder or of the configured study."""
     if folder:
-        found = [results.read(path) for path in sorted(folder.glob("test_*"))]
-        records = [r for r in found if r and r["state"] == "done"]
+        read = [results.read(path) for path in sorted(folder.glob("test_*"))]
+        records = [r for r in read if r and r["state"] == "done"]
         return (records[0]["study"] if records else folder.name), folder, records
     from lib.plan import Plan
     from scripts.plan import options_from_environment

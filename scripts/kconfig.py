@@ -6,8 +6,10 @@ $KCONFIG_CONFIG names another file than .config; NAME another study for savedefc
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import kconfiglib
 
@@ -32,7 +34,7 @@ def defconfig(name: str) -> None:
 
 
 @contextmanager
-def disk_named(place: str = ""):
+def disk_named(place: str = "") -> Iterator[None]:
     """What the disk refuses, as a sentence on `place` (default: .config)."""
     try:
         yield
@@ -89,14 +91,14 @@ def assignment(symbol: str, value: str, kind: str) -> str:
 class Whole(kconfiglib.Kconfig):
     """What kconfiglib's tools write through it is whole or not there: its own way is to empty the file and then fill it."""
 
-    def write_config(self, filename=None, header=None, save_old=True, verbose=None) -> str:
+    def write_config(self, filename: Any = None, header: Any = None, save_old: Any = True, verbose: Any = None) -> str:
         path, text = Path(filename or config_path()), full_text(self)
         if path.exists() and path.read_bytes() == text.encode():
             return f"No change to configuration in '{path}'"
         write_config(text, path)
         return f"Configuration saved to '{path}'"
 
-    def write_min_config(self, filename, header=None) -> str:
+    def write_min_config(self, filename: Any, header: Any = None) -> str:
         with atomic.replacing(filename) as temporary:
             super().write_min_config(str(temporary), header)
         return f"Minimal configuration saved to '{filename}'"
@@ -139,7 +141,7 @@ def name_dropped(schema: Schema) -> None:
             print(f"{a.where}: {a.name}={a.value} does not hold, it is now {stands}", file=sys.stderr)
 
 
-def ask_for_new(kconf) -> None:
+def ask_for_new(kconf: Any) -> None:
     """Ask for every new symbol, again as long as an answer makes others visible."""
     import oldconfig
 

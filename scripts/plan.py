@@ -10,6 +10,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from lib import design, failures, generations, process
 from lib.cells import Cell, Status
@@ -20,7 +21,7 @@ from lib.plan import Options, Plan
 from lib.tables import table
 
 
-def options_from_environment(steps=(), tune: bool = False) -> Options:
+def options_from_environment(steps: Sequence[str] = (), tune: bool = False) -> Options:
     """What make's command line added, as make hands it on. A learning-rate sweep has no looks."""
     get = os.environ.get
     return Options(get("KABLATE_OUT", ""), get("KABLATE_SEEDS", ""), get("KABLATE_TIME", ""),

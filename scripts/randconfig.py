@@ -15,6 +15,7 @@ import tempfile
 import traceback
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from lib.cells import baseline, expand, steps_of
 from lib.config import DEFAULT_STUDY, Study, defconfig_layers
@@ -63,7 +64,7 @@ def draw(schema: Schema, rng: random.Random, fixed: list[Assignment], where_visi
     return layer
 
 
-def _value(kind: str, symbol, rng: random.Random) -> str:
+def _value(kind: str, symbol: Any, rng: random.Random) -> str:
     """A value of a symbol's kind inside its range: often the default, sometimes an end of the range."""
     default = symbol.str_value
     if kind == "bool":

@@ -6,7 +6,7 @@ takes the study's jobs out of the queue. Variables are those of make (scripts.pl
 """
 
 import argparse
-import sys
+from typing import Any
 
 from lib import makefile, results
 from lib.cells import Cell
@@ -70,7 +70,7 @@ def status(plan: Plan) -> None:
     print(f"{done} of {number} cells in {shown(plan.out)} are done, {live} jobs are in the queue")
 
 
-def row(plan: Plan, cell: Cell, state, one: Queued | None) -> list[str]:
+def row(plan: Plan, cell: Cell, state: Any, one: Queued | None) -> list[str]:
     """What Slurm says while it has the cell's job; else what the disk says, with how a job ended that left no result."""
     if one and one.live:
         return [cell.name, one.state.lower(), one.job, one.node, one.reason]
@@ -104,4 +104,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     with reported():
-        sys.exit(main())
+        main()

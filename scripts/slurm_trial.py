@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from lib import generations, results
 from lib.cluster import REPORT, Cluster, Queued
@@ -94,7 +95,7 @@ class Trial:
         self.killed = one.cell
 
     def await_requeue(self, one: Queued, what: str) -> None:
-        def waits(queue):  # once it has stopped, which takes as long as saving
+        def waits(queue: Any) -> Any:  # once it has stopped, which takes as long as saving
             again = re.search(r"Restarts=[1-9]", self.slurm("scontrol", "show", "job", one.job))
             return again and queue[one.cell].state != "COMPLETING"
 
@@ -112,7 +113,7 @@ class Trial:
         """A job that is in the middle of training, and was not disturbed yet; of one of these cells."""
         found = []
 
-        def look(queue):
+        def look(queue: Any) -> Any:
             for one in live(queue).values():
                 rows = self.study.out / one.cell / "metrics.jsonl"
                 fresh = one.cell in (among or queue) and one.cell not in (REPORT, self.killed, *self.queued_again)
@@ -125,7 +126,7 @@ class Trial:
         self.until(look, None)
         return found[0]
 
-    def until(self, holds, what: str | None) -> None:
+    def until(self, holds: Any, what: str | None) -> None:
         begun = time.monotonic()
         while not holds(self.cluster.queue()):
             if time.monotonic() - begun > WAIT_SECONDS:

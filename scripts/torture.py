@@ -19,8 +19,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from lib.cells import whole
 from lib.errors import UserError, reported
@@ -82,7 +84,7 @@ class Torture:
         self.say(f"an undisturbed study of {len(reference.records)} cells took {reference.seconds:.0f} s")
         return reference
 
-    def _cases(self, parts, reference, mounts):
+    def _cases(self, parts: Any, reference: Any, mounts: Any) -> Iterator[Any]:
         found = {"fuzz": self.drawn.fuzz, "random": self.drawn.random,  # the longest first
                  "hang": lambda: hang.cases(self.arena, reference.first()),
                  "disk": lambda: disk.cases(self.arena, reference, mounts),
@@ -93,7 +95,7 @@ class Torture:
                 for name, function in found[part]():
                     yield part, name, function
 
-    def _case(self, part: str, name: str, function) -> None:
+    def _case(self, part: str, name: str, function: Any) -> None:
         begun = time.monotonic()
         try:
             result, held = function(), True

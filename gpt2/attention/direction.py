@@ -23,12 +23,18 @@ to be relabelled, which cannot matter.
 Source: ra-mla-kvsplice-router-fim (there no logit had a gradient, and no layer of the learned step was ever reciprocal).
 """
 
+from typing import TYPE_CHECKING, Any, Self
+
 import torch
 from torch import nn
 
 from gpt2.attention.baseline import CausalSelfAttention
 from gpt2.kv_cache import LayerCache
 from gpt2.layers import INIT_STD, residual_std
+
+if TYPE_CHECKING:
+    from lib.config import Config
+    from lib.mechanisms import Moment
 
 UNDECIDED, STANDARD, RECIPROCAL = -1, 0, 1
 
@@ -42,17 +48,19 @@ class Direction(nn.Module):
 
     structure_parameters = ("logit",)
 
-    def __init__(self):
+    decided: torch.Tensor
+
+    def __init__(self) -> None:
         super().__init__()
         self.logit = nn.Parameter(torch.zeros(1))
         self.register_buffer("decided", torch.tensor(UNDECIDED, dtype=torch.int8))
         self.reciprocal: bool | None = None
 
-    def probability(self):
+    def probability(self) -> torch.Tensor:
         """Of the reciprocal direction, shape (); once it is decided, 0 or 1."""
         return torch.sigmoid(self.logit[0]) if self.reciprocal is None else self.decided.to(self.logit.dtype)
 
-    def choice(self):
+    def choice(self) -> torch.Tensor:
         """h, shape (): exactly 0 or 1, with the gradient of p."""
         p = self.probability()
         return (self.logit[0] > 0).to(p.dtype) + (p - p.detach())
@@ -70,7 +78,7 @@ class Direction(nn.Module):
         """`p_recip`."""
         return {"p_recip": self.probability()}
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         decided = UNDECIDED if self.decided.is_meta else self.decided.item()
         self.reciprocal = None if decided == UNDECIDED else decided == RECIPROCAL
@@ -92,7 +100,7 @@ class Directed:
         return self.fixed if self.direction is None else self.direction.likelier()
 
 
-def configured_direction(cfg, layer: int) -> bool | None:
+def configured_direction(cfg: "Config", layer: int) -> bool | None:
     """Whether the layer is reciprocal by configuration; None if it learns that."""
     late = layer >= cfg.GPT2_N_LAYER // 2  # the middle one of an odd number is in the second half
     return None if cfg.DIRECTION_LEARNED else cfg.DIRECTION_ALL or late == cfg.DIRECTION_LATE
@@ -107,16 +115,16 @@ class DirectionAttention(Directed, CausalSelfAttention):
         self.fixed, self.direction = reciprocal, Direction() if reciprocal is None else None
 
     @classmethod
-    def from_config(cls, cfg, layer: int = 0):
+    def from_config(cls, cfg: "Config", layer: int = 0) -> Self:
         return cls(cfg.GPT2_N_EMBD, cfg.GPT2_N_HEAD, cfg.GPT2_DROPOUT, cfg.GPT2_BIAS, residual_std(cfg.GPT2_N_LAYER),
                    configured_direction(cfg, layer))
 
     @staticmethod
-    def extra_parameters(cfg) -> int:
+    def extra_parameters(cfg: "Config") -> int:
         return int(cfg.DIRECTION_LEARNED)
 
     @staticmethod
-    def cache_bytes_per_token(cfg, itemsize: int) -> int:
+    def cache_bytes_per_token(cfg: "Config", itemsize: int) -> int:
         """Of a layer as it is built; a learned direction that is decided needs no more than a fixed one."""
         return (3 if cfg.DIRECTION_LEARNED else 2) * cfg.GPT2_N_EMBD * itemsize
 
@@ -127,12 +135,12 @@ class DirectionAttention(Directed, CausalSelfAttention):
             found["c_attn.bias"] = slice(0, self.n_embd)
         return found
 
-    def new_cache(self, batch_size: int, capacity: int, dtype, device) -> LayerCache:
+    def new_cache(self, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
         """Holds what plays the key; of an undecided layer [k | q], because either may."""
         key_dim = self.head_dim if self.reciprocal is not None else 2 * self.head_dim
         return LayerCache(batch_size, self.n_head, capacity, key_dim, dtype, device, value_dim=self.head_dim)
 
-    def attend_both(self, q, k, v, cache):
+    def attend_both(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: LayerCache | None) -> torch.Tensor:
         """h R + (1 - h) S."""
         ks, qs, values = k, q, v
         if cache is not None:
@@ -142,7 +150,7 @@ class DirectionAttention(Directed, CausalSelfAttention):
         h = self.direction.choice()
         return (h * reciprocal + (1 - h) * standard).to(standard.dtype)
 
-    def forward(self, x, cache: LayerCache | None = None, context=None):
+    def forward(self, x: torch.Tensor, cache: LayerCache | None = None, context: Any = None) -> torch.Tensor:
         B, T, E = x.shape
         q, k, v = self.project(x)
         if self.reciprocal is None:
@@ -170,7 +178,7 @@ class DirectionController(nn.Module):
     It has no state of its own: whether they are decided is in their own.
     """
 
-    def __init__(self, cfg, blocks: nn.ModuleList):
+    def __init__(self, cfg: "Config", blocks: nn.ModuleList):
         super().__init__()
         self.directions = tuple(module for module in blocks.modules() if isinstance(module, Direction))
         self.share, self.min_steps, self.strength = cfg.DIRECTION_SHARE, cfg.DIRECTION_MIN_STEPS, cfg.DIRECTION_BALANCE
@@ -179,7 +187,7 @@ class DirectionController(nn.Module):
     def undecided(self) -> bool:
         return any(direction.reciprocal is None for direction in self.directions)
 
-    def advance(self, moment) -> bool:
+    def advance(self, moment: "Moment") -> bool:
         """Decide if it is time to; True if so."""
         if not self.undecided or moment.iteration < self.min_steps or moment.progress < self.share:
             return False
@@ -187,11 +195,11 @@ class DirectionController(nn.Module):
             direction.decide()
         return True
 
-    def balance(self):
+    def balance(self) -> torch.Tensor | float:
         """(sum p - L/2)^2, shape ()."""
         return (sum(direction.probability() for direction in self.directions) - len(self.directions) / 2) ** 2
 
-    def penalty(self):
+    def penalty(self) -> torch.Tensor | float:
         """DIRECTION_BALANCE times the balance loss; 0 once the directions are decided."""
         return self.strength * self.balance() if self.undecided else 0.0
 

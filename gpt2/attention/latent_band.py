@@ -31,6 +31,7 @@ tensors, slower than the baseline's SDPA and larger in memory. Of alpha_r W_r on
 
 import math
 from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,9 @@ from gpt2.kv_cache import end_after, nbytes
 from gpt2.layers import INIT_STD, Linear, residual_std
 from gpt2.rules import hidden_width, resolve_size
 
+if TYPE_CHECKING:
+    from lib.config import Config
+
 BAND_START, GATE_START, EXCHANGE_START = 0.5, 0.1, 0.2
 
 
@@ -49,13 +53,14 @@ class LatentCache:
     """Of one layer: latents c_k and c_v [batch, capacity, L]; with a band the queries of the last `window` positions
     [batch, heads, window, D]; with a cross-token MLP its features [batch, capacity, F] (gpt2/mlp/latent_band.py)."""
 
-    def __init__(self, batch_size: int, capacity: int, latent: int, dtype, device):
+    def __init__(self, batch_size: int, capacity: int, latent: int, dtype: torch.dtype, device: torch.device):
         self.latent_keys = torch.empty(batch_size, capacity, latent, dtype=dtype, device=device)
         self.latent_values = torch.empty_like(self.latent_keys)
-        self.queries = self.features = None
+        self.queries: torch.Tensor | None = None
+        self.features: torch.Tensor | None = None
         self.length = self.kept = 0
 
-    def append(self, latent_keys, latent_values):
+    def append(self, latent_keys: torch.Tensor, latent_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store n more positions, [batch, n, L] each; returns those of all positions so far, in the type given."""
         end = end_after(self.length, latent_keys.size(1), self.latent_keys.size(1))
         self.latent_keys[:, self.length:end] = latent_keys
@@ -63,19 +68,19 @@ class LatentCache:
         self.length = end
         return self.latent_keys[:, :end].to(latent_keys.dtype), self.latent_values[:, :end].to(latent_values.dtype)
 
-    def slide(self, queries):
+    def slide(self, queries: torch.Tensor) -> torch.Tensor:
         """The kept queries followed by `queries` [batch, heads, n, D]; the last `window` of them are kept."""
         recent = torch.cat([self.queries[:, :, :self.kept].to(queries.dtype), queries], 2)
         self.kept = min(self.queries.size(2), recent.size(2))
         self.queries[:, :, :self.kept] = recent[:, :, -self.kept:]
         return recent
 
-    def append_features(self, features):
+    def append_features(self, features: torch.Tensor) -> torch.Tensor:
         """Store the features [batch, n, F] of the positions appended last; returns those of all positions so far."""
         self.features[:, self.length - features.size(1):self.length] = features
         return self.features[:, :self.length].to(features.dtype)
 
-    def tensors(self):
+    def tensors(self) -> tuple[torch.Tensor, ...]:
         return tuple(t for t in (self.latent_keys, self.latent_values, self.queries, self.features) if t is not None)
 
     def parts(self) -> dict[str, int]:
@@ -110,27 +115,27 @@ class LatentBandAttention(CausalSelfAttention):
         self.gate_parameters = ("band_alpha", "gate_alpha", "exchange_alpha")
 
     @classmethod
-    def from_config(cls, cfg, layer: int = 0):
+    def from_config(cls, cfg: "Config", layer: int = 0) -> Self:
         received = hidden_width(cfg) if layer else 0
         return cls(cfg.GPT2_N_EMBD, cfg.GPT2_N_HEAD, latent_width(cfg), band_window(cfg), cfg.GPT2_DROPOUT, cfg.GPT2_BIAS,
                    residual_std(cfg.GPT2_N_LAYER), received if cfg.BAND_HEAD_GATES else 0,
                    received if cfg.BAND_EXCHANGE else 0, bool(cfg.BAND_CROSS_TOKEN))
 
     @staticmethod
-    def extra_parameters(cfg) -> int:
+    def extra_parameters(cfg: "Config") -> int:
         """Of every layer; what layers after the first have besides says `received_parameters`."""
         E, L = cfg.GPT2_N_EMBD, latent_width(cfg)
         return 4 * L * E - 2 * E * E - E * cfg.GPT2_BIAS + (cfg.GPT2_N_HEAD if cfg.BAND_RECIPROCAL else 0)
 
     @staticmethod
-    def received_parameters(cfg) -> int:
+    def received_parameters(cfg: "Config") -> int:
         """Parameters by which a layer receives from the MLP of the layer before, in closed form."""
         hidden = hidden_width(cfg)
         return ((hidden * cfg.GPT2_N_HEAD + 1 if cfg.BAND_HEAD_GATES else 0)
                 + (hidden * latent_width(cfg) + 1 if cfg.BAND_EXCHANGE else 0))
 
     @staticmethod
-    def cache_bytes_per_token(cfg, itemsize: int) -> int | Fraction:
+    def cache_bytes_per_token(cfg: "Config", itemsize: int) -> int | Fraction:
         """Two latents a token, and the queries of one window, spread over the context."""
         window = min(band_window(cfg) or 0, cfg.GPT2_BLOCK_SIZE)
         return itemsize * (2 * latent_width(cfg) + Fraction(window * cfg.GPT2_N_EMBD, cfg.GPT2_BLOCK_SIZE))
@@ -141,17 +146,18 @@ class LatentBandAttention(CausalSelfAttention):
     def sizes(self) -> dict:
         return super().sizes() | {"latent": self.latent} | ({"band_window": self.window} if self.window else {})
 
-    def new_cache(self, batch_size: int, capacity: int, dtype, device) -> LatentCache:
+    def new_cache(self, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device) -> LatentCache:
         cache = LatentCache(batch_size, capacity, self.latent, dtype, device)
         if self.window:
             shape = (batch_size, self.n_head, min(self.window, capacity), self.head_dim)
             cache.queries = torch.empty(shape, dtype=dtype, device=device)
         return cache
 
-    def forward(self, x, cache: LatentCache | None = None, context=None):
+    def forward(self, x: torch.Tensor, cache: LatentCache | None = None, context: Any = None) -> torch.Tensor:
         return self.couple(x, cache)[0]
 
-    def couple(self, x, cache: LatentCache | None = None, hidden=None):
+    def couple(self, x: torch.Tensor, cache: LatentCache | None = None,
+               hidden: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """What the layer adds, [B, T, n_embd]; its latent keys, [B, T, L]; with `mixing` the weights, averaged over heads
         and before dropout, [B, T, past + T], else None. `hidden`: features [B, T, d_ff] of the MLP before, if there is one.
         """
@@ -176,10 +182,10 @@ class LatentBandAttention(CausalSelfAttention):
         out = self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(x.shape)))
         return out, latent_keys, weights.mean(1) if self.mixing else None
 
-    def _heads(self, x):
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(2, (self.n_head, self.head_dim)).transpose(1, 2)
 
-    def _weights(self, q, k, past: int, cache: LatentCache | None):
+    def _weights(self, q: torch.Tensor, k: torch.Tensor, past: int, cache: LatentCache | None) -> torch.Tensor:
         """Softmax over the scores, [B, H, T, past + T]."""
         T, total = q.size(2), k.size(2)
         q = q / math.sqrt(self.head_dim)
@@ -213,11 +219,11 @@ class LatentBandAttention(CausalSelfAttention):
         return {name: alpha for name, alpha in found.items() if alpha is not None}
 
 
-def latent_width(cfg) -> int:
+def latent_width(cfg: "Config") -> int:
     """L, of the latent keys and of the latent values each."""
     return resolve_size(cfg.BAND_LATENT, cfg.GPT2_N_EMBD)
 
 
-def band_window(cfg) -> int | None:
+def band_window(cfg: "Config") -> int | None:
     """The largest distance of the reciprocal term; None without one."""
     return resolve_size(cfg.BAND_WINDOW, cfg.GPT2_BLOCK_SIZE) if cfg.BAND_RECIPROCAL else None

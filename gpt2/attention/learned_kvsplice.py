@@ -63,17 +63,17 @@ class LearnedKVSplice(nn.Module):
         self.up.copy_(basis)
         self.down.copy_(basis.T)
 
-    def down_weights(self):
+    def down_weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight [d_compressed, d_in] and bias (or None) of `compress` as one affine map."""
         return self.down * F.softplus(self.scale), None if self.shift is None else self.down @ self.shift
 
-    def up_weights(self):
+    def up_weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight [d_in, d_compressed] and bias (or None) of `decompress` as one affine map."""
         scale = F.softplus(self.scale)
         return self.up / scale[:, None], None if self.shift is None else -self.shift / scale
 
-    def compress(self, c):
+    def compress(self, c: torch.Tensor) -> torch.Tensor:
         return F.linear(c, *self.down_weights())
 
-    def decompress(self, compressed):
+    def decompress(self, compressed: torch.Tensor) -> torch.Tensor:
         return F.linear(compressed, *self.up_weights())

@@ -28,6 +28,8 @@ cache as small as the latent, because S^T needs the queries.
 Source: the legacy lens ablation.
 """
 
+from typing import TYPE_CHECKING, Any, Self
+
 import torch
 from torch import nn
 
@@ -35,6 +37,9 @@ from gpt2.attention.baseline import CausalSelfAttention
 from gpt2.kv_cache import LayerCache, nbytes
 from gpt2.layers import INIT_STD, Linear, residual_std
 from gpt2.rules import resolve_size
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 START = {"std": 2.2, "rec": 0.6, "col": 0.1}  # logits of the gates
 
@@ -80,19 +85,19 @@ class LensAttention(CausalSelfAttention):
             self.c_up = Linear(latent, 2 * n_embd, bias=bias, init_std=latent ** -0.5)
 
     @classmethod
-    def from_config(cls, cfg, layer: int = 0):
+    def from_config(cls, cfg: "Config", layer: int = 0) -> Self:
         return cls(cfg.GPT2_N_EMBD, cfg.GPT2_N_HEAD, cfg.GPT2_DROPOUT, cfg.GPT2_BIAS, residual_std(cfg.GPT2_N_LAYER),
                    cfg.LENS_TRANSPOSE, cfg.LENS_COLUMN_BIAS, latent_width(cfg))
 
     @staticmethod
-    def extra_parameters(cfg) -> int:
+    def extra_parameters(cfg: "Config") -> int:
         width, latent = cfg.GPT2_N_EMBD, latent_width(cfg)
         gates = cfg.GPT2_N_HEAD * (1 + cfg.LENS_TRANSPOSE + cfg.LENS_COLUMN_BIAS)
         kv = 0 if latent is None else 3 * width * latent - 2 * width * width
         return gates + cfg.LENS_COLUMN_BIAS * width + kv
 
     @staticmethod
-    def cache_bytes_per_token(cfg, itemsize: int) -> int:
+    def cache_bytes_per_token(cfg: "Config", itemsize: int) -> int:
         latent = latent_width(cfg)
         return ((2 * cfg.GPT2_N_EMBD if latent is None else latent) + cfg.LENS_TRANSPOSE * cfg.GPT2_N_EMBD) * itemsize
 
@@ -107,7 +112,7 @@ class LensAttention(CausalSelfAttention):
     def sizes(self) -> dict:
         return super().sizes() | ({} if self.latent is None else {"latent": self.latent})
 
-    def new_cache(self, batch_size: int, capacity: int, dtype, device) -> LayerCache:
+    def new_cache(self, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
         if self.latent is None:
             return super().new_cache(batch_size, capacity, dtype, device)
         queries = self.n_embd if self.transpose else 0
@@ -117,19 +122,19 @@ class LensAttention(CausalSelfAttention):
         """{"std": w_std, ...} for the terms that there are, each [n_head]."""
         return dict(zip(self.terms, self.lens_logits.softmax(-1).unbind(-1), strict=True))
 
-    def column_shift(self, w: dict):
+    def column_shift(self, w: dict) -> torch.Tensor:
         """What the column bias adds to the weighted query of each head, [n_head, head_dim]."""
         return w["col"][:, None] * self.column.weight
 
-    def projection_weights(self):
+    def projection_weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows of query', key' and value, head by head; of a module without a latent."""
         w, weight, bias = self.weights(), self.c_attn.weight, self.c_attn.bias
         if self.column is not None:
-            bias = weight.new_zeros(3 * self.n_embd) if bias is None else bias
+            bias = weight.new_zeros(3 * self.n_embd) if bias is None else bias  # type: ignore[assignment]  # in its place
         shift = 0 if self.column is None else self.column_shift(w)[:, :, None]
         return self._rows(weight, w), None if bias is None else self._rows(bias[:, None], w, shift)[:, 0]
 
-    def _rows(self, rows, w, shift=0):
+    def _rows(self, rows: torch.Tensor, w: dict[str, torch.Tensor], shift: torch.Tensor | int = 0) -> torch.Tensor:
         """Rows [3 n_embd, n] of q, k and v as rows [2 n_head key_dim + n_embd, n] of query', key' and value."""
         q, k, v = rows.view(3, self.n_head, self.head_dim, -1)
         query, key = w["std"][:, None, None] * q + shift, k
@@ -137,7 +142,7 @@ class LensAttention(CausalSelfAttention):
             query, key = torch.cat([query, w["rec"][:, None, None] * k], 1), torch.cat([k, q], 1)
         return torch.cat([part.flatten(0, 1) for part in (query, key, v)])
 
-    def forward(self, x, cache: LayerCache | None = None, context=None):
+    def forward(self, x: torch.Tensor, cache: LayerCache | None = None, context: Any = None) -> torch.Tensor:
         if self.latent is None:
             return super().forward(x, cache, context)
         B, T, E = x.shape
@@ -157,7 +162,7 @@ class LensAttention(CausalSelfAttention):
         attended = self.attend(query.to(keys.dtype), keys, values)
         return self.resid_dropout(self.c_proj(attended.transpose(1, 2).reshape(B, T, E)))
 
-    def _heads(self, t):
+    def _heads(self, t: torch.Tensor) -> torch.Tensor:
         return t.view(*t.shape[:2], self.n_head, self.head_dim).transpose(1, 2)
 
     @torch.no_grad()
@@ -173,7 +178,7 @@ class LensAttention(CausalSelfAttention):
             return self
         w = self.weights()
         if self.transpose:
-            simple = LensAttention(self.n_embd, self.n_head, self.dropout, column_bias=False, latent=self.latent)
+            simple: Any = LensAttention(self.n_embd, self.n_head, self.dropout, column_bias=False, latent=self.latent)
             scale = w["std"] + w["rec"]
             shift = w["col"] / w["std"]
         else:
@@ -196,6 +201,6 @@ class LensAttention(CausalSelfAttention):
         return {f"lens_w_{term}": w for term, w in self.weights().items()}
 
 
-def latent_width(cfg) -> int | None:
+def latent_width(cfg: "Config") -> int | None:
     """Width of the latent of keys and values; None where they are projected from the input."""
     return resolve_size(cfg.LENS_LATENT, cfg.GPT2_N_EMBD) if cfg.LENS_LATENT_KV else None

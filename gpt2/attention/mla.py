@@ -34,6 +34,8 @@ either: it is GPT-2 with W_k and W_v of a joint rank of at most L (`collapse` gi
 lose, but not add.
 """
 
+from typing import TYPE_CHECKING, Any, Self
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,6 +46,9 @@ from gpt2.kv_cache import TokenCache
 from gpt2.layers import INIT_STD, Linear, residual_std
 from gpt2.rules import latent_width, splice_width
 from lib.streams import cell_seed, stream_seed
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 # A few wide rows and a long cache: flash splits the cache over the processors of a GPU, cuDNN, which is chosen otherwise, does
 # not, and takes 1.2 to 4 times as long.
@@ -67,7 +72,7 @@ class MultiHeadLatentAttention(CausalSelfAttention):
         return Linear(self.latent, blocks * self.n_embd, bias=self.c_proj.bias is not None, init_std=self.latent ** -0.5)
 
     @classmethod
-    def from_config(cls, cfg, layer: int = 0, **options):
+    def from_config(cls, cfg: "Config", layer: int = 0, **options: Any) -> Self:
         kvsplice = None
         if cfg.MLA_KVSPLICE:
             seed = stream_seed(cell_seed(cfg), "init", "kvsplice", layer)
@@ -76,12 +81,12 @@ class MultiHeadLatentAttention(CausalSelfAttention):
                    residual_std(cfg.GPT2_N_LAYER), kvsplice, **options)
 
     @staticmethod
-    def extra_parameters(cfg) -> int:
+    def extra_parameters(cfg: "Config") -> int:
         E, L = cfg.GPT2_N_EMBD, latent_width(cfg)
         return 3 * E * L - 2 * E * E + splice_parameters(cfg)
 
     @staticmethod
-    def cache_bytes_per_token(cfg, itemsize: int) -> int:
+    def cache_bytes_per_token(cfg: "Config", itemsize: int) -> int:
         return itemsize * (splice_width(cfg) if cfg.MLA_KVSPLICE else latent_width(cfg))
 
     def dead_elements(self) -> dict:
@@ -91,10 +96,10 @@ class MultiHeadLatentAttention(CausalSelfAttention):
     def sizes(self) -> dict:
         return super().sizes() | {"latent": self.latent} | ({"kvsplice": self.kvsplice.width} if self.kvsplice else {})
 
-    def new_cache(self, batch_size: int, capacity: int, dtype, device) -> TokenCache:
+    def new_cache(self, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device) -> TokenCache:
         return TokenCache(batch_size, capacity, self.kvsplice.width if self.kvsplice else self.latent, dtype, device)
 
-    def forward(self, x, cache: TokenCache | None = None, context=None):
+    def forward(self, x: torch.Tensor, cache: TokenCache | None = None, context: Any = None) -> torch.Tensor:
         latents = self.c_latent(x)
         if self.kvsplice is not None:
             latents = self.kvsplice.compress(latents)
@@ -104,28 +109,28 @@ class MultiHeadLatentAttention(CausalSelfAttention):
         y = self.absorbed(x, latents) if follows else self.expanded(x, latents)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(x.shape)))
 
-    def restored(self, latents):
+    def restored(self, latents: torch.Tensor) -> torch.Tensor:
         """c, or c_hat, [..., L] of what a cache holds."""
         return latents if self.kvsplice is None else self.kvsplice.decompress(latents)
 
-    def blocks(self, latents):
+    def blocks(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Keys and values [B, H, T, D] (and what else c_up has rows for) of what a cache holds, [B, T, L or L']."""
         parts = self.c_up(self.restored(latents)).split(self.n_embd, 2)
         return tuple(self.heads(part).transpose(1, 2) for part in parts)
 
-    def heads(self, x):
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, n_embd] as [B, T, H, D]."""
         return x.unflatten(2, (self.n_head, self.head_dim))
 
-    def expanded(self, x, latents):
+    def expanded(self, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """[B, H, T, D] of T tokens with nothing before them."""
         return self.attend(self.heads(self.c_attn(x)).transpose(1, 2), *self.blocks(latents))
 
-    def absorbed(self, x, latents):
+    def absorbed(self, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """[B, H, T, D] of the last T of S tokens; latents [B, S, L or L'] of all of them."""
         return self.attend_latents(self.heads(self.c_attn(x)), latents, 0, 1)
 
-    def attend_latents(self, q, latents, key: int, value: int):
+    def attend_latents(self, q: torch.Tensor, latents: torch.Tensor, key: int, value: int) -> torch.Tensor:
         """Attention of q [B, T, H, D] over latents [B, S, L or L'] -> [B, H, T, D]. `key` and `value` are the numbers of their
         blocks in c_up. Without dropout: this is decoding."""
         B, T = q.shape[:2]
@@ -143,9 +148,10 @@ class MultiHeadLatentAttention(CausalSelfAttention):
             y = y + self.c_up.bias.unflatten(0, (-1, self.n_head, 1, self.head_dim))[value].to(y.dtype)
         return y
 
-    def folded(self):
+    def folded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Weight of c_latent, weight of c_up and its bias (or None) with the splice in them: [L', n_embd], [.., L'], [..]."""
-        down, up, bias = self.c_latent.weight, self.c_up.weight, self.c_up.bias
+        down, up = self.c_latent.weight, self.c_up.weight
+        bias: torch.Tensor | None = self.c_up.bias
         if self.kvsplice is None:
             return down, up, bias
         (compress, _), (decompress, _) = self.kvsplice.down_weights(), self.kvsplice.up_weights()
@@ -154,7 +160,7 @@ class MultiHeadLatentAttention(CausalSelfAttention):
         return compress @ down, up @ decompress, bias
 
     @torch.no_grad()
-    def bake(self):
+    def bake(self) -> Self:
         """Fold the splice into the weights around it: MLA with a latent of L', the same function and cache."""
         if self.kvsplice is None:
             return self
@@ -168,7 +174,7 @@ class MultiHeadLatentAttention(CausalSelfAttention):
             self.c_up.bias.copy_(bias)
         return self
 
-    def rows(self):
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight [3 n_embd, n_embd] and bias (or None) of the fused projection that computes the same."""
         down, up, bias = self.folded()
         bias = None if bias is None else torch.cat([self.c_attn.bias, bias])
@@ -186,7 +192,7 @@ class MultiHeadLatentAttention(CausalSelfAttention):
         return plain.train(self.training)
 
 
-def splice_parameters(cfg) -> int:
+def splice_parameters(cfg: "Config") -> int:
     """Of one layer, in closed form: C, E, s and b."""
     L = latent_width(cfg)
     return L * (2 * splice_width(cfg) + 1 + cfg.GPT2_BIAS) if cfg.MLA_KVSPLICE else 0

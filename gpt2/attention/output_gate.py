@@ -17,10 +17,15 @@ it says what the instrument can see, not that the gate must win in a short run o
 function class, which it contains (W_g = 0 and W_o doubled); no smaller model is known.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from gpt2.attention.baseline import CausalSelfAttention
 from gpt2.layers import INIT_STD, Linear
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 
 class OutputGateAttention(CausalSelfAttention):
@@ -31,9 +36,9 @@ class OutputGateAttention(CausalSelfAttention):
         self.c_gate = Linear(n_embd, n_embd, bias=False)
 
     @staticmethod
-    def extra_parameters(cfg) -> int:
+    def extra_parameters(cfg: "Config") -> int:
         return cfg.GPT2_N_EMBD ** 2
 
-    def combine(self, attended, values, x):
+    def combine(self, attended: torch.Tensor, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         gate = torch.sigmoid(self.c_gate(x))
         return attended * gate.view(*x.shape[:2], self.n_head, self.head_dim).transpose(1, 2)

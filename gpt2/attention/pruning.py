@@ -41,6 +41,7 @@ another length may keep another of two tokens that are about equal.
 
 import math
 from fractions import Fraction
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,9 @@ from torch import nn
 from gpt2.attention.pruning_op import pruned_attention, ranks, relative, softmax_weights, wide
 from gpt2.kv_cache import PrunedCache, position_type
 from gpt2.rules import kv_block, kv_keep, kvsplice_width
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 
 class KVPruning(nn.Module):
@@ -68,7 +72,7 @@ class KVPruning(nn.Module):
         self.structure_parameters = ("share_logit",)
 
     @classmethod
-    def from_config(cls, cfg, layer: int = 0) -> "KVPruning | None":
+    def from_config(cls, cfg: "Config", layer: int = 0) -> "KVPruning | None":
         """None if all tokens of the context have a slot: then the attention is the baseline's, cache and all."""
         context, keep = cfg.GPT2_BLOCK_SIZE, kv_keep(cfg)
         if keep >= context:
@@ -79,12 +83,12 @@ class KVPruning(nn.Module):
         return cls(context, keep, kv_block(cfg), bool(cfg.KV_PRUNING_V), share, (cfg.KV_KEEP_PENALTY or 0.0) / cfg.GPT2_N_LAYER)
 
     @staticmethod
-    def extra_parameters(cfg) -> int:
+    def extra_parameters(cfg: "Config") -> int:
         """Parameters of one layer, in closed form."""
         return int(bool(cfg.KV_KEEP_LEARNED))
 
     @staticmethod
-    def cache_bytes_per_token(cfg, itemsize: int) -> int | Fraction:
+    def cache_bytes_per_token(cfg: "Config", itemsize: int) -> int | Fraction:
         """Cache bytes one layer needs for one token, spread over the context; of a learned share, at its start."""
         context, keep, width = cfg.GPT2_BLOCK_SIZE, min(kv_keep(cfg), cfg.GPT2_BLOCK_SIZE), cfg.GPT2_N_EMBD // cfg.GPT2_N_HEAD
         stored = kvsplice_width(cfg)
@@ -98,18 +102,18 @@ class KVPruning(nn.Module):
         """Resolved integers, for metrics.json."""
         return {"kv_keep": self.start_keep, "kv_block": self.block}
 
-    def share(self):
+    def share(self) -> torch.Tensor:
         """The learned share of the context that is kept, shape ()."""
         return torch.sigmoid(self.share_logit[0])
 
     @torch.no_grad()
-    def slots(self):
+    def slots(self) -> Any:
         """k of the hard rule: an integer, or of a learned share a tensor of shape ()."""
         if self.share_logit is None:
             return self.start_keep
         return (self.share() * self.context).round().clamp(2 * self.block, self.context).long()
 
-    def penalty(self):
+    def penalty(self) -> torch.Tensor | float:
         """KV_KEEP_PENALTY / layers times (share - its start)^2; 0 of a fixed one."""
         return 0.0 if self.share_logit is None else self.strength * (self.share() - self.target) ** 2
 
@@ -117,22 +121,24 @@ class KVPruning(nn.Module):
         """`kv_keep_ratio`, of a learned share."""
         return {} if self.share_logit is None else {"kv_keep_ratio": self.share()}
 
-    def new_cache(self, batch_size: int, n_head: int, capacity: int, key_dim: int, dtype, device, value_dim: int | None = None,
-                  codec=None) -> PrunedCache:
+    def new_cache(self, batch_size: int, n_head: int, capacity: int, key_dim: int, dtype: torch.dtype, device: torch.device,
+                  value_dim: int | None = None,
+                  codec: Any = None) -> PrunedCache:
         """An empty cache; a learned share is read once, here, and waits for the device."""
         learned = self.share_logit is not None and not self.share_logit.is_meta
         keep = int(self.slots()) if learned else self.start_keep
         return PrunedCache(batch_size, n_head, capacity, key_dim, dtype, device, value_dim, codec, keep=keep,
                            values_only=self.values_only)
 
-    def forward(self, q, k, v, cache: PrunedCache | None = None, *, scale: float, dropout: float = 0.0, codec=None):
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: PrunedCache | None = None, *, scale: float,
+                dropout: float = 0.0, codec: Any = None) -> torch.Tensor:
         """Attended values [B, H, T, D] of q, k [B, H, T, key_dim] and v [B, H, T, D]; with a cache, of the T tokens after
         what it holds. ValueError beyond the cache's capacity."""
         if cache is not None:
             return self._decode(q, k, v, cache, scale, dropout)
         return self._attend_all(q, k, v if codec is None else codec(v), scale, dropout)
 
-    def _attend_all(self, q, k, v, scale: float, dropout: float):
+    def _attend_all(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, dropout: float) -> torch.Tensor:
         """The pass over whole sequences, from their first token on."""
         T, b = q.size(2), self.block
         # The first border at which a token may be dropped: of a learned share, the first that has candidates.
@@ -149,7 +155,8 @@ class KVPruning(nn.Module):
         later, _ = pruned_attention(q, k, v, limit.to(wide(q.dtype)), seed, first, b, scale, dropout, self.values_only, soft)
         return torch.cat([y, later], 2)
 
-    def _decode(self, q, k, v, cache: PrunedCache, scale: float, dropout: float):
+    def _decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: PrunedCache, scale: float,
+                dropout: float) -> torch.Tensor:
         """The tokens after what the cache holds, in pieces that end at borders at which tokens are dropped."""
         T, b, at, outputs = q.size(2), self.block, 0, []
         cache.expect(T)

@@ -15,6 +15,7 @@ scores are in the type of q, while SDPA keeps bfloat16's scores in float32.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +28,12 @@ SOFTNESS = 1 / 8  # width of the soft threshold in blocks
 FLOOR = -30.0  # of log w: nothing beside 1 in float32, and far from the numbers that CPUs are slow with
 
 
-def wide(dtype):
+def wide(dtype: torch.dtype) -> torch.dtype:
     """The type of softmax weights and of sums of importance."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def softmax_weights(q, k, scale: float, log_weight=None):
+def softmax_weights(q: torch.Tensor, k: torch.Tensor, scale: float, log_weight: torch.Tensor | None = None) -> torch.Tensor:
     """p [B, H, n, S] of the last n of S tokens; `log_weight` [B, H, S] is added to the scores."""
     scores = (q * scale) @ k.mT
     if log_weight is not None:
@@ -43,13 +44,13 @@ def softmax_weights(q, k, scale: float, log_weight=None):
     return scores.softmax(-1, dtype=wide(q.dtype))
 
 
-def relative(p, start: int):
+def relative(p: torch.Tensor, start: int) -> torch.Tensor:
     """What the rows p [B, H, n, S] of tokens from `start` on add to the sums of importance: sum of p_ij (i + 1), [B, H, S]."""
     seen = torch.arange(start + 1, start + 1 + p.size(2), dtype=p.dtype, device=p.device)
     return (seen @ p).view(*p.shape[:2], -1)
 
 
-def ranks(sums, position, t: int, living=None):
+def ranks(sums: torch.Tensor, position: torch.Tensor, t: int, living: torch.Tensor | None = None) -> torch.Tensor:
     """Rank of each candidate by importance at border t, from 0; the dead come last. Of equals the earlier one comes first.
 
     sums [B, H, n], position [n] or [B, H, n] ascending, living [B, H, n] (None: all) -> int64 [B, H, n].
@@ -61,17 +62,17 @@ def ranks(sums, position, t: int, living=None):
     return torch.empty_like(order).scatter_(-1, order, torch.arange(order.size(-1), device=order.device).expand_as(order))
 
 
-def blocks(T: int, first: int, block: int):
+def blocks(T: int, first: int, block: int) -> list[tuple[int, int, int]]:
     """(number, first row, end) of the blocks from row `first` on."""
     return [(m, start, min(start + block, T)) for m, start in enumerate(range(first, T, block))]
 
 
-def dropped(shape, rate: float, generator, like):
+def dropped(shape: tuple[int, ...], rate: float, generator: torch.Generator, like: torch.Tensor) -> torch.Tensor:
     """Factors of dropout, 0 or 1 / (1 - rate)."""
     return torch.empty(shape, dtype=like.dtype, device=like.device).bernoulli_(1 - rate, generator=generator).div_(1 - rate)
 
 
-def seeded(seed, device):
+def seeded(seed: torch.Tensor | int, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(seed))
 
 
@@ -113,7 +114,9 @@ def pruned_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limit: t
 
 
 @pruned_attention.register_fake
-def _(q, k, v, limit, seed, first, block, scale, dropout, values_only, soft):
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limit: torch.Tensor, seed: torch.Tensor, first: int, block: int,
+      scale: float, dropout: float, values_only: bool,
+      soft: bool) -> tuple[torch.Tensor, ...]:
     B, H, T, _ = q.shape
     return (v.new_empty(B, H, T - first, v.size(3)),
             q.new_empty(B, H, len(blocks(T, first, block)), T, dtype=wide(q.dtype)))
@@ -163,18 +166,20 @@ def pruned_attention_backward(
 
 
 @pruned_attention_backward.register_fake
-def _(grad, q, k, v, y, log_weight, seed, first, block, scale, dropout, values_only, soft):
+def _(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, log_weight: torch.Tensor,
+      seed: torch.Tensor, first: int, block: int, scale: float, dropout: float, values_only: bool,
+      soft: bool) -> tuple[torch.Tensor, ...]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), log_weight.new_empty(())
 
 
-def _keep(ctx, inputs, output):
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, v, limit, seed, *settings = inputs
     ctx.settings, ctx.limit_type = settings, limit.dtype
     ctx.save_for_backward(q, k, v, *output, seed)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
     q, k, v, y, log_weight, seed = ctx.saved_tensors
     dq, dk, dv, dlimit = pruned_attention_backward(grad.contiguous(), q, k, v, y, log_weight, seed, *ctx.settings)
     return dq, dk, dv, dlimit.to(ctx.limit_type), None, *(None for _ in ctx.settings)
@@ -183,7 +188,7 @@ def _backward(ctx, grad, _):
 pruned_attention.register_autograd(_backward, setup_context=_keep)
 
 
-def _products(q_shape, v_shape, first: int, block: int) -> tuple[int, int, int]:
+def _products(q_shape: Any, v_shape: Any, first: int, block: int) -> tuple[int, int, int]:
     """FLOPs of q k^T before row `first` and after it, and of p v after it."""
     B, H, T, key_dim = q_shape
     before, after = (2 * B * H * sum((end - start) * end for _, start, end in rows)
@@ -192,11 +197,13 @@ def _products(q_shape, v_shape, first: int, block: int) -> tuple[int, int, int]:
 
 
 @register_flop_formula(torch.ops.kablate.pruned_attention)
-def _(q, k, v, limit, seed, first, block, *settings, out_shape=None, **_) -> int:
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limit: torch.Tensor, seed: torch.Tensor, first: int, block: int,
+      *settings: Any, out_shape: Any = None, **__: Any) -> int:
     return sum(_products(q, v, first, block))
 
 
 @register_flop_formula(torch.ops.kablate.pruned_attention_backward)
-def _(grad, q, k, v, y, log_weight, seed, first, block, *settings, out_shape=None, **_) -> int:
+def _(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, log_weight: torch.Tensor,
+      seed: torch.Tensor, first: int, block: int, *settings: Any, out_shape: Any = None, **__: Any) -> int:
     _, scores, values = _products(q, v, first, block)
     return 3 * scores + 2 * values

@@ -25,6 +25,8 @@ losses reported for it were those of two runs of different length inside the war
 Source: ra-mla-kvsplice-router-fim, "Router-Based RA (Deprecated)".
 """
 
+from typing import TYPE_CHECKING, Any, Self
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -33,6 +35,10 @@ from gpt2.attention.baseline import CausalSelfAttention
 from gpt2.kv_cache import LayerCache
 from gpt2.layers import INIT_STD, Linear, full_precision, residual_std
 from gpt2.rules import resolve_size
+
+if TYPE_CHECKING:
+    from lib.config import Config
+    from lib.mechanisms import Moment
 
 FEATURES, HIDDEN, PATHS = 4, 16, 2
 
@@ -51,13 +57,13 @@ class Router(nn.Module):
         self.c_fc = RouterLinear(FEATURES, HIDDEN, bias=bias)
         self.c_out = RouterLinear(HIDDEN, PATHS, bias=bias)
 
-    def forward(self, x, embedding):
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         with full_precision(x):
             f = features(x.float(), embedding.float()).to(self.c_fc.weight.dtype)
             return self.c_out(F.gelu(self.c_fc(f), approximate="tanh")).softmax(-1)[..., 1:]
 
 
-def features(x, embedding):
+def features(x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
     """(|x - e|, |x|, |E|, <x, e>) of each token, [B, T, 4]; see the module's docstring."""
     width = x.size(-1)
     e = F.layer_norm(embedding, (width,))
@@ -71,6 +77,9 @@ class RouterAttention(CausalSelfAttention):
     `penalty` and `drop`: see the module's docstring; ValueError for an n_ra that leaves a path without heads.
     """
 
+    routing: torch.Tensor
+    p_full: torch.Tensor
+
     def __init__(self, n_embd: int, n_head: int, n_ra: int, dropout: float = 0.0, bias: bool = True,
                  proj_std: float = INIT_STD, penalty: float = 0.01, drop: float = 0.15):
         super().__init__(n_embd, n_head, dropout, bias, proj_std)
@@ -80,21 +89,21 @@ class RouterAttention(CausalSelfAttention):
         self.router = Router(bias)
         self.register_buffer("routing", torch.ones(()))  # 0: the fixed mix
         self.register_buffer("p_full", torch.full((), 0.5), persistent=False)  # mean of the last forward pass in training
-        self.pending = None  # the same with its graph, until `penalty` takes it
+        self.pending: torch.Tensor | None = None  # the same with its graph, until `penalty` takes it
 
     @classmethod
-    def from_config(cls, cfg, layer: int = 0):
+    def from_config(cls, cfg: "Config", layer: int = 0) -> Self:
         return cls(cfg.GPT2_N_EMBD, cfg.GPT2_N_HEAD, resolve_size(cfg.ROUTER_RA_HEADS, cfg.GPT2_N_HEAD), cfg.GPT2_DROPOUT,
                    cfg.GPT2_BIAS, residual_std(cfg.GPT2_N_LAYER), cfg.ROUTER_PENALTY / cfg.GPT2_N_LAYER, cfg.ROUTER_DROP)
 
     @staticmethod
-    def extra_parameters(cfg) -> int:
+    def extra_parameters(cfg: "Config") -> int:
         return HIDDEN * (FEATURES + PATHS) + cfg.GPT2_BIAS * (HIDDEN + PATHS)
 
     def sizes(self) -> dict:
         return super().sizes() | {"router_ra_heads": self.n_ra}
 
-    def forward(self, x, cache: LayerCache | None = None, context=None):
+    def forward(self, x: torch.Tensor, cache: LayerCache | None = None, context: Any = None) -> torch.Tensor:
         B, T, E = x.shape
         q, k, v = self.project(x)
         keys, values = (k, v) if cache is None else cache.append(k, v)
@@ -103,7 +112,7 @@ class RouterAttention(CausalSelfAttention):
         y = (attended * weights).transpose(1, 2).reshape(B, T, E)
         return self.resid_dropout(self.c_proj(y))
 
-    def head_weights(self, x, embedding):
+    def head_weights(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         """2 p of each head's path, [B, H, T, 1]; 1 in the fixed mix."""
         p_full = torch.where(self.routing > 0, self.router(x, embedding), 0.5)
         # Kept only where there is something to differentiate, and no longer than to the next pass.
@@ -114,7 +123,7 @@ class RouterAttention(CausalSelfAttention):
         return 2 * torch.where(full, p_full, 1 - p_full).transpose(1, 2).unsqueeze(3)
 
     @torch.no_grad()
-    def advance(self, moment) -> bool:
+    def advance(self, moment: "Moment") -> bool:
         """Begin with the fixed mix; route from the fall of the validation loss on, for good."""
         if moment.iteration == 0:
             self.routing.zero_()
@@ -122,7 +131,7 @@ class RouterAttention(CausalSelfAttention):
             self.routing.fill_(1.0)
         return False
 
-    def penalty(self):
+    def penalty(self) -> torch.Tensor:
         """Times the mean of p_full in the last forward pass in training, which is thereby forgotten; 0 in the fixed mix."""
         p_full, self.pending = self.pending, None
         return self.routing.new_zeros(()) if p_full is None else self.strength * self.routing * p_full
@@ -136,6 +145,6 @@ class RouterAttention(CausalSelfAttention):
             return None
         return f"routing never began: no evaluation was {self.drop:.0%} below the loss of the untrained model"
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: a tensor with a graph can be neither."""
         return self.__dict__ | {"pending": None}

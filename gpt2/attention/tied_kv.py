@@ -16,11 +16,16 @@ Source: key-value tying as the earlier implementation of the project had it; no 
 idea, queries that are the keys, is in Kitaev et al. 2020 (Reformer).
 """
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from gpt2.attention.baseline import CausalSelfAttention
 from gpt2.kv_cache import LayerCache
 from gpt2.layers import INIT_STD, Linear
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 
 class TiedKVAttention(CausalSelfAttention):
@@ -31,20 +36,20 @@ class TiedKVAttention(CausalSelfAttention):
         self.c_attn = Linear(n_embd, 3 * n_embd, bias=bias, rows=list(range(2 * n_embd)))
 
     @staticmethod
-    def extra_parameters(cfg) -> int:
+    def extra_parameters(cfg: "Config") -> int:
         return -cfg.GPT2_N_EMBD * (cfg.GPT2_N_EMBD + cfg.GPT2_BIAS)
 
     @staticmethod
-    def cache_bytes_per_token(cfg, itemsize: int) -> int:
+    def cache_bytes_per_token(cfg: "Config", itemsize: int) -> int:
         return cfg.GPT2_N_EMBD * itemsize
 
     def dead_elements(self) -> dict:
         return {}
 
-    def new_cache(self, batch_size: int, capacity: int, dtype, device) -> LayerCache:
+    def new_cache(self, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device) -> LayerCache:
         return LayerCache(batch_size, self.n_head, capacity, self.head_dim, dtype, device, value_dim=0)
 
-    def forward(self, x, cache: LayerCache | None = None, context=None):
+    def forward(self, x: torch.Tensor, cache: LayerCache | None = None, context: Any = None) -> torch.Tensor:
         B, T, E = x.shape
         q, k = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(E, dim=2))
         keys = k if cache is None else cache.append(k, k[..., :0])[0]

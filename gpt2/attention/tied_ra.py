@@ -15,18 +15,24 @@ Its start is the baseline's in the rows that it keeps. Sources: reciprocal-archi
 which speak of a transposed term, while their projections are free.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from gpt2.attention.baseline import CausalSelfAttention
 from gpt2.attention.unified_ra import UnifiedRAttention
 from gpt2.layers import Linear, init_weights
 
+if TYPE_CHECKING:
+    from lib.config import Config
+
 
 class TiedRAttention(UnifiedRAttention):
     """[B, T, n_embd] -> [B, T, n_embd]; R reciprocal channels a head, 1 <= R <= head_dim / 2."""
 
     def __init__(self, n_embd: int, n_head: int, R: int = 4, dropout: float = 0.0, use_self_restart: bool = False,
-                 per_head_gates: bool = True, debug: bool = False, bias: bool = True, init_seed: int | None = 0, **options):
+                 per_head_gates: bool = True, debug: bool = False, bias: bool = True, init_seed: int | None = 0,
+                 **options: Any):
         super().__init__(n_embd, n_head, R, dropout, use_self_restart, per_head_gates, debug, bias, init_seed=None, **options)
         if self.D_std < R:
             raise ValueError(f"R {R} must not be more than the {self.D_std} standard channels that it is taken from")
@@ -37,7 +43,7 @@ class TiedRAttention(UnifiedRAttention):
             init_weights(self, init_seed)
 
     @staticmethod
-    def extra_parameters(cfg) -> int:
+    def extra_parameters(cfg: "Config") -> int:
         rows = 2 * cfg.GPT2_N_HEAD * cfg.RA_R
         return UnifiedRAttention.extra_parameters(cfg) - rows * (cfg.GPT2_N_EMBD + cfg.GPT2_BIAS)
 
@@ -52,18 +58,18 @@ class TiedRAttention(UnifiedRAttention):
         """R decides the number of parameters: RuntimeError."""
         raise RuntimeError("R is fixed in tied attention; build a new module with the R you want")
 
-    def rows(self):
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight, bias = self.c_attn.weight, self.c_attn.bias
         return self._gathered(weight), None if bias is None else self._gathered(bias)
 
-    def _gathered(self, kept):
+    def _gathered(self, kept: Any) -> torch.Tensor:
         """[Qf; Kf; V] from the rows there are, [(2 n_head D_std + n_embd), ...]."""
         count = self.n_head * self.D_std
         q, k = (part.view(self.n_head, self.D_std, *kept.shape[1:]) for part in kept[:2 * count].split(count))
         folded = [torch.cat([one, other[:, :self.R]], 1).flatten(0, 1) for one, other in ((q, k), (k, q))]
         return torch.cat([*folded, kept[2 * count:]])
 
-    def from_pretrained_qkv(self, *args, **kwargs):
+    def from_pretrained_qkv(self, *args: Any, **kwargs: Any) -> None:
         """Baseline weights have no tied form: RuntimeError."""
         raise RuntimeError("baseline projections do not fit tied attention; load them into UnifiedRAttention")
 

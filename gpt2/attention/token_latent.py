@@ -20,6 +20,9 @@ rank L (W_uq W_c), a restriction (`collapse` gives the GPT-2 that it is inside).
 Source: ra-mla-kvsplice-router-fim.
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Self
+
 import torch
 
 from gpt2.attention.direction import Directed, Direction, configured_direction
@@ -27,6 +30,9 @@ from gpt2.attention.learned_kvsplice import LearnedKVSplice
 from gpt2.attention.mla import MultiHeadLatentAttention, splice_parameters
 from gpt2.layers import INIT_STD
 from gpt2.rules import latent_width
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 QUERY, KEY, VALUE = 0, 1, 2  # blocks of rows of c_up
 
@@ -43,11 +49,11 @@ class TokenLatentAttention(Directed, MultiHeadLatentAttention):
         self.fixed, self.direction = reciprocal, Direction() if reciprocal is None else None
 
     @classmethod
-    def from_config(cls, cfg, layer: int = 0):
+    def from_config(cls, cfg: "Config", layer: int = 0) -> Self:  # type: ignore[override]  # no options
         return super().from_config(cfg, layer, reciprocal=configured_direction(cfg, layer))
 
     @staticmethod
-    def extra_parameters(cfg) -> int:
+    def extra_parameters(cfg: "Config") -> int:
         E, L = cfg.GPT2_N_EMBD, latent_width(cfg)
         return 4 * E * L - 3 * E * E + splice_parameters(cfg) + int(cfg.DIRECTION_LEARNED)
 
@@ -58,29 +64,29 @@ class TokenLatentAttention(Directed, MultiHeadLatentAttention):
         key = QUERY if self.likelier() else KEY
         return {"c_up.bias": slice(key * self.n_embd, (key + 1) * self.n_embd)}
 
-    def directed(self, attend):
+    def directed(self, attend: Callable[[bool], torch.Tensor]) -> torch.Tensor:
         """attend(reciprocal) in the direction of the layer; of an undecided one h R + (1 - h) S."""
         if self.reciprocal is not None:
             return attend(self.reciprocal)
         standard, h = attend(False), self.direction.choice()
         return (h * attend(True) + (1 - h) * standard).to(standard.dtype)
 
-    def expanded(self, x, latents):
+    def expanded(self, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         q, k, v = self.blocks(latents)
         return self.directed(lambda reciprocal: self.attend(k, q, v) if reciprocal else self.attend(q, k, v))
 
-    def absorbed(self, x, latents):
+    def absorbed(self, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         new = self.restored(latents[:, -x.size(1):])
         return self.directed(lambda reciprocal: self.attend_latents(
             self.asking(new, reciprocal), latents, QUERY if reciprocal else KEY, VALUE))
 
-    def asking(self, c, reciprocal: bool):
+    def asking(self, c: torch.Tensor, reciprocal: bool) -> torch.Tensor:
         """What plays the query, [B, T, H, D], of c [B, T, L]."""
         block = slice(self.n_embd, 2 * self.n_embd) if reciprocal else slice(0, self.n_embd)
         bias = None if self.c_up.bias is None else self.c_up.bias[block]
         return self.heads(torch.nn.functional.linear(c, self.c_up.weight[block], bias))
 
-    def rows(self):
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         down, up, bias = self.folded()
         q, k, v = torch.arange(3 * self.n_embd, device=up.device).split(self.n_embd)
         order = torch.cat([k, q, v] if self.likelier() else [q, k, v])

@@ -23,6 +23,8 @@ that module). It is not unified RA, whose reciprocal channels have rows of their
 Source: reciprocal-architecture-kvsplice-2025-11-11, the first generation (there two score matrices were formed and mixed).
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
@@ -30,6 +32,9 @@ from gpt2.attention.baseline import CausalSelfAttention
 from gpt2.attention.lens import LensAttention
 from gpt2.coupling import Coupling
 from gpt2.layers import INIT_STD
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 W_STD_START, W_REC_START = 0.9, 0.1
 TINY = 1e-30  # the logarithm of a weight that is 0
@@ -48,11 +53,11 @@ class TransposeAttention(CausalSelfAttention):
         self.coupling = Coupling()
 
     @staticmethod
-    def extra_parameters(cfg) -> int:
+    def extra_parameters(cfg: "Config") -> int:
         return 2 * cfg.GPT2_N_HEAD
 
     @staticmethod
-    def cache_bytes_per_token(cfg, itemsize: int) -> int:
+    def cache_bytes_per_token(cfg: "Config", itemsize: int) -> int:
         return 3 * cfg.GPT2_N_EMBD * itemsize
 
     def dead_elements(self) -> dict:
@@ -60,24 +65,24 @@ class TransposeAttention(CausalSelfAttention):
         return {}
 
     @property
-    def w_std(self):
+    def w_std(self) -> torch.Tensor:
         """Weight of S, [n_head]."""
         return self.gate_std.square()
 
     @property
-    def w_rec(self):
+    def w_rec(self) -> torch.Tensor:
         """Weight of S^T, [n_head]."""
         return self.gate_rec.square()
 
-    def effective_weights(self):
+    def effective_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(w_std, w_rec), each [n_head], as far as the coupling lets them act."""
         return self.coupling.weight(self.w_std), self.coupling.share(self.w_rec)
 
-    def projection_weights(self):
+    def projection_weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight, bias = self.c_attn.weight, self.c_attn.bias
         return self._rows(weight), None if bias is None else self._rows(bias[:, None])[:, 0]
 
-    def _rows(self, rows):
+    def _rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [3 n_embd, n] of q, k and v as rows [2 n_head key_dim + n_embd, n] of query', key' and v."""
         w_std, w_rec = (w[:, None, None] for w in self.effective_weights())
         q, k, v = rows.view(3, self.n_head, self.head_dim, -1)

@@ -25,6 +25,7 @@ gates, and "Q scaled by sqrt(w) scales QK^T by w"; all three are wrong, see the 
 """
 
 import math
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,9 @@ from gpt2.coupling import Coupling
 from gpt2.layers import INIT_STD, init_weights, residual_std
 from gpt2.skip import SkipGate
 from lib.streams import stream_seed
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 ALIGNMENT = 8  # channels that the attention kernels take at a time
 TINY = 1e-12
@@ -79,14 +83,14 @@ class UnifiedRAttention(CausalSelfAttention):
             init_weights(self, init_seed)
 
     @classmethod
-    def from_config(cls, cfg, layer: int = 0):
+    def from_config(cls, cfg: "Config", layer: int = 0) -> Self:
         return cls(cfg.GPT2_N_EMBD, cfg.GPT2_N_HEAD, cfg.RA_R, cfg.GPT2_DROPOUT, cfg.RA_SELF_RESTART,
                    cfg.RA_PER_HEAD_GATES, bias=cfg.GPT2_BIAS, gate_start=(0.9, 0.1) if cfg.RA_GATES_FIXED else None,
                    proj_std=residual_std(cfg.GPT2_N_LAYER), init_seed=None,
                    skip_start=cfg.SKIP_START if cfg.SKIP_GATES else None)
 
     @staticmethod
-    def extra_parameters(cfg) -> int:
+    def extra_parameters(cfg: "Config") -> int:
         gates = cfg.GPT2_N_HEAD if cfg.RA_PER_HEAD_GATES else 1
         return 2 * gates + cfg.RA_SELF_RESTART * cfg.GPT2_N_HEAD + 2 * bool(cfg.SKIP_GATES)
 
@@ -109,17 +113,17 @@ class UnifiedRAttention(CausalSelfAttention):
         self._set_sizes(R)
 
     @property
-    def w_std(self):
+    def w_std(self) -> torch.Tensor:
         """Weight of the standard term, [n_head] or [1]."""
         return self.gate_std.square()
 
     @property
-    def w_rec(self):
+    def w_rec(self) -> torch.Tensor:
         """Weight of the reciprocal term, [n_head] or [1]."""
         return self.gate_rec.square()
 
     @property
-    def rwr_alpha(self):
+    def rwr_alpha(self) -> torch.Tensor | None:
         """Share of the self-restart path per head, [n_head], in (0, 0.5); None without self-restart."""
         return None if self.restart_logit is None else RESTART_MAX * torch.sigmoid(self.restart_logit)
 
@@ -130,7 +134,7 @@ class UnifiedRAttention(CausalSelfAttention):
         return slice(0 if std else self.D_std, self.head_dim if low else self.D_std)
 
     @property
-    def on(self) -> bool:
+    def on(self) -> bool:  # type: ignore[override]  # what asks for it only reads
         return self.living.start < self.living.stop
 
     @property
@@ -140,10 +144,10 @@ class UnifiedRAttention(CausalSelfAttention):
         return min(-(-count // ALIGNMENT) * ALIGNMENT, self.head_dim)
 
     @key_dim.setter
-    def key_dim(self, value):
+    def key_dim(self, value: int) -> None:
         """The base class sets it; here it follows from what is on."""
 
-    def row_scale(self):
+    def row_scale(self) -> torch.Tensor:
         """What multiplies the rows of the fused projection, [3 n_embd]: the root of its weight in Qf and Kf, one in V."""
         scales = []
         for gate, skip in ((self.gate_std, self.skip_std), (self.gate_rec, self.skip_low)):
@@ -155,11 +159,11 @@ class UnifiedRAttention(CausalSelfAttention):
         rows = per_head.expand(self.n_head, self.head_dim).reshape(-1)
         return torch.cat([rows, rows, torch.ones_like(rows)])
 
-    def rows(self):
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The fused projection [Qf; Kf; V] without gates: weight [3 n_embd, n_embd] and bias [3 n_embd] (or None)."""
         return self.c_attn.weight, self.c_attn.bias
 
-    def gated_rows(self):
+    def gated_rows(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The same with the gates on it."""
         weight, bias = self.rows()
         if self.baked:
@@ -167,20 +171,20 @@ class UnifiedRAttention(CausalSelfAttention):
         scale = self.row_scale()
         return weight * scale[:, None], None if bias is None else bias * scale
 
-    def projection_weights(self):
+    def projection_weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         self.used = True
         weight, bias = self.gated_rows()
         if self.living == slice(0, self.head_dim):
             return weight, bias
         return self._of_living(weight), None if bias is None else self._of_living(bias)
 
-    def _of_living(self, rows):
+    def _of_living(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [3 n_embd, ...] with only the living channels of each query and key, filled up to key_dim by zeros."""
         kept = rows[:2 * self.n_embd].view(2, self.n_head, self.head_dim, -1)[:, :, self.living]
         kept = F.pad(kept, (0, 0, 0, self.key_dim - kept.size(2))).flatten(0, 2)
         return torch.cat([kept.view(-1, *rows.shape[1:]), rows[2 * self.n_embd:]])
 
-    def combine(self, attended, values, x):
+    def combine(self, attended: torch.Tensor, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if self.restart_logit is None:
             return attended
         a = self.coupling.share(self.rwr_alpha)
@@ -191,20 +195,22 @@ class UnifiedRAttention(CausalSelfAttention):
         y = attended.transpose(1, 2).flatten(2) + share * values.transpose(1, 2).flatten(2)
         return y.unflatten(2, (self.n_head, self.head_dim)).transpose(1, 2)
 
-    def output_weights(self):
+    def output_weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight, bias = super().output_weights()
         if self.restart_logit is None:
             return weight, bias
         kept = 1 - self.coupling.share(self.rwr_alpha)
         return weight * kept.repeat_interleave(self.head_dim), bias
 
-    def forward(self, x, cache=None, context=None):
+    def forward(self, x: torch.Tensor, cache: Any = None, context: Any = None) -> torch.Tensor:
         if self.debug and not x.is_cuda:
             raise ValueError("debug mode wants its input on a CUDA device")
         return super().forward(x, cache, context)
 
     @torch.no_grad()
-    def from_pretrained_qkv(self, W_q, W_k, W_v, projection_P=None, b_q=None, b_k=None, b_v=None, exact: bool = False):
+    def from_pretrained_qkv(self, W_q: torch.Tensor, W_k: torch.Tensor, W_v: torch.Tensor,
+                            projection_P: torch.Tensor | None = None, b_q: torch.Tensor | None = None,
+                            b_k: torch.Tensor | None = None, b_v: torch.Tensor | None = None, exact: bool = False) -> Self:
         """Load baseline projections, each [n_embd, n_embd] with optional biases [n_embd].
 
         The weights are stored without the gates, which keep acting at run time, so no gate is ever applied twice.
@@ -229,7 +235,7 @@ class UnifiedRAttention(CausalSelfAttention):
         return self
 
     @torch.no_grad()
-    def bake(self):
+    def bake(self) -> CausalSelfAttention:
         """Fold the gates into the weights and fix them at 1: the same function, nothing left to multiply."""
         if not self.baked:
             weight, bias = self._whole()
@@ -245,7 +251,7 @@ class UnifiedRAttention(CausalSelfAttention):
             self.baked = True
         return self
 
-    def _whole(self):
+    def _whole(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The fused projection at full width with its gates, and zeros for the channels that are off."""
         weight, bias = self.gated_rows()
         off = torch.ones(self.head_dim, dtype=torch.bool, device=weight.device)
@@ -253,7 +259,7 @@ class UnifiedRAttention(CausalSelfAttention):
         rows = torch.cat([off.repeat(2 * self.n_head), off.new_zeros(self.n_embd)])
         return weight.masked_fill(rows[:, None], 0), None if bias is None else bias.masked_fill(rows, 0)
 
-    def rebake_gates(self):
+    def rebake_gates(self) -> CausalSelfAttention:
         """Fold gates that were set after `bake()`; does nothing if none was."""
         self.baked = False
         return self.bake()
@@ -264,7 +270,7 @@ class UnifiedRAttention(CausalSelfAttention):
         self.gate_std.requires_grad_(True)
         self.gate_rec.requires_grad_(True)
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._unbake()
         super()._load_from_state_dict(*args, **kwargs)
 
@@ -311,7 +317,8 @@ class UnifiedRAttention(CausalSelfAttention):
 ReciprocalAttention = UnifiedRAttention  # the name of the later source documents
 
 
-def repack_baseline_qkv_into_unified_ra(W_q, W_k, W_v, P=None, seed: int = 0, *, n_head: int, R: int):
+def repack_baseline_qkv_into_unified_ra(W_q: torch.Tensor, W_k: torch.Tensor, W_v: torch.Tensor, P: torch.Tensor | None = None,
+                                        seed: int = 0, *, n_head: int, R: int) -> torch.Tensor:
     """Baseline projections in the folded layout [Qf; Kf; V], [3 n_embd, n_in], without gates.
 
     W_q, W_k, W_v: [n_embd, n_in], head by head. Per head, the last R rows of the query block become K_low and those of

@@ -46,6 +46,7 @@ implementation walked on queries and keys of all tokens, later ones too, over co
 """
 
 import math
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,9 @@ from torch.utils.checkpoint import checkpoint
 from gpt2.attention.baseline import CausalSelfAttention, causal_mask
 from gpt2.layers import INIT_STD, full_precision, residual_std
 from gpt2.rules import resolve_size
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 MIN_NEIGHBOURS = 4  # of a ratio: with one neighbour a softmax over neighbours is constant, and the graph learns nothing
 
@@ -72,7 +76,7 @@ class WalkAttention(CausalSelfAttention):
         self.restart, self.gamma, self.beta = restart, gamma, beta
 
     @classmethod
-    def from_config(cls, cfg, layer: int = 0):
+    def from_config(cls, cfg: "Config", layer: int = 0) -> Self:
         neighbours = resolve_size(cfg.WALK_NEIGHBOURS, cfg.GPT2_BLOCK_SIZE)
         if cfg.WALK_NEIGHBOURS < 1:
             neighbours = max(MIN_NEIGHBOURS, neighbours)
@@ -87,7 +91,7 @@ class WalkAttention(CausalSelfAttention):
     def sizes(self) -> dict:
         return super().sizes() | {"walk_window": self.window, "walk_neighbours": self.neighbours}
 
-    def attend(self, q, keys, values):
+    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Of the last T of S tokens: q [B, H, T, D], keys [B, H, S, D], values [B, H, S, n] -> [B, H, T, n]."""
         past = keys.size(2) - q.size(2)
         band = causal_mask(q.size(2), past, q.device).triu(past - self.window + 1)
@@ -102,15 +106,15 @@ class WalkAttention(CausalSelfAttention):
         else:
             walked = self._through_prefixes(unit, values, past)
             in_a_graph = torch.arange(past, keys.size(2), device=q.device) >= self.window
-            gamma = self.gamma * in_a_graph[:, None].to(unit.dtype)
+            gamma = self.gamma * in_a_graph[:, None].to(unit.dtype)  # type: ignore[assignment]  # a share each
         return ((local + gamma * walked) / (1 + gamma)).to(local.dtype)
 
-    def similarity(self, rows, columns):
+    def similarity(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Cosines [..., R, S] of unit vectors [..., R, D] and [..., S, D]."""
         with full_precision(rows):
             return rows @ columns.mT
 
-    def entry(self, rows, columns, allowed=None):
+    def entry(self, rows: torch.Tensor, columns: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
         """e [..., R, S] of unit vectors [..., R, D] into [..., S, D]; `allowed` [R, S] says which pairs may be neighbours."""
         cosines = self.similarity(rows, columns)
         if allowed is not None:
@@ -119,13 +123,13 @@ class WalkAttention(CausalSelfAttention):
         weights = (nearest.values * math.sqrt(self.head_dim)).softmax(-1)
         return torch.zeros_like(cosines).scatter(-1, nearest.indices, weights)
 
-    def directed(self, unit):
+    def directed(self, unit: torch.Tensor) -> torch.Tensor:
         """P [..., S, S] of the directed graph of S tokens, unit vectors [..., S, D]: row i leads to tokens before i."""
         earlier = causal_mask(unit.size(-2), 0, unit.device).tril(-1)
         earlier[0, 0].fill_(True)  # on the device; an assignment would copy the value to it
         return self.entry(unit, unit, earlier)
 
-    def reversible(self, unit):
+    def reversible(self, unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """P [..., S, S] of the symmetric graph of S tokens, unit vectors [..., S, D], and its stationary pi [..., S]."""
         S = unit.size(-2)
         cosines = self.similarity(unit, unit)
@@ -139,17 +143,17 @@ class WalkAttention(CausalSelfAttention):
         degree = edges.sum(-1)
         return edges / degree[..., None], degree / degree.sum(-1, keepdim=True)
 
-    def _walk(self, P, values):
+    def _walk(self, P: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """z_M [B, H, S, n], what the walk collects from each token it is entered at."""
         P, z = P.to(values.dtype), values
         for _ in range(self.steps):
             z = (1 - self.restart) * (P @ z) + self.restart * values
         return z
 
-    def _enter(self, entry, collected):
+    def _enter(self, entry: torch.Tensor, collected: torch.Tensor) -> torch.Tensor:
         return F.dropout(entry.to(collected.dtype), self.dropout, self.training) @ collected
 
-    def _through_prefixes(self, unit, values, past: int):
+    def _through_prefixes(self, unit: torch.Tensor, values: torch.Tensor, past: int) -> torch.Tensor:
         """p_M V [B, H, T, n] of the tokens from `past` on, each on the graph of the prefix of its block; 0 without one.
 
         A prefix at a time, because prefixes differ in length: all at once would hold three times as much, [T / window, T, T].
@@ -168,5 +172,5 @@ class WalkAttention(CausalSelfAttention):
             start = stop
         return torch.cat(parts, 2)
 
-    def _walk_reversible(self, unit, values):
+    def _walk_reversible(self, unit: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return self._walk(self.reversible(unit)[0], values)

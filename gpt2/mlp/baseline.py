@@ -1,10 +1,15 @@
 """The MLP of GPT-2: y = dropout(W_down gelu(W_up x + b_up) + b_down), with the tanh form of GELU."""
 
+from typing import TYPE_CHECKING, Any, Self
+
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from gpt2.layers import INIT_STD, Linear, residual_std
 from gpt2.rules import hidden_width
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 
 class MLP(nn.Module):
@@ -21,30 +26,30 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     @classmethod
-    def from_config(cls, cfg, layer: int = 0):
+    def from_config(cls, cfg: "Config", layer: int = 0) -> Self:
         return cls(cfg.GPT2_N_EMBD, hidden_width(cfg), cfg.GPT2_DROPOUT, cfg.GPT2_BIAS, residual_std(cfg.GPT2_N_LAYER))
 
     @staticmethod
-    def extra_parameters(cfg) -> int:
+    def extra_parameters(cfg: "Config") -> int:
         """Parameters of one layer beyond GPT-2's, in closed form; the law of parameter counts compares with it."""
         return 0
 
-    def meet(self, attention) -> None:
+    def meet(self, attention: Any) -> None:
         """Told of the attention of the same block, once, when both are built: an MLP may share weights with it."""
 
     def sizes(self) -> dict:
         """Resolved integers, for metrics.json."""
         return {"d_ff": self.d_ff}
 
-    def collapse(self):
+    def collapse(self) -> "MLP":
         """The simplest MLP that computes the same; itself where none is known."""
         return self
 
-    def bake(self):
+    def bake(self) -> Self:
         """This MLP with what acts on its weights folded into them, for inference."""
         return self
 
-    def forward(self, x, attended=None):
+    def forward(self, x: Tensor, attended: Tensor | None = None) -> Tensor:
         """`attended` is what the attention of the same block added to the residual stream, or None if it is off."""
         h = F.gelu(self.c_fc(x), approximate="tanh")
         return self.dropout(self.c_proj(h))

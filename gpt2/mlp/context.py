@@ -16,6 +16,7 @@ Source: the legacy lens ablation (where the context was cut off from the gradien
 """
 
 import math
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ from torch import nn
 from gpt2.layers import INIT_STD, Linear, residual_std
 from gpt2.mlp.baseline import MLP
 from gpt2.rules import hidden_width, resolve_size
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 SHARE_START = 0.1
 
@@ -40,23 +44,23 @@ class ContextMLP(MLP):
         self.gate_parameters = ("context_logit",)
 
     @classmethod
-    def from_config(cls, cfg, layer: int = 0):
+    def from_config(cls, cfg: "Config", layer: int = 0) -> Self:
         return cls(cfg.GPT2_N_EMBD, hidden_width(cfg), resolve_size(cfg.CONTEXT_RANK, cfg.GPT2_N_EMBD), cfg.GPT2_DROPOUT,
                    cfg.GPT2_BIAS, residual_std(cfg.GPT2_N_LAYER))
 
     @staticmethod
-    def extra_parameters(cfg) -> int:
+    def extra_parameters(cfg: "Config") -> int:
         return resolve_size(cfg.CONTEXT_RANK, cfg.GPT2_N_EMBD) * (cfg.GPT2_N_EMBD + hidden_width(cfg)) + 1
 
     def sizes(self) -> dict:
         return super().sizes() | {"context_rank": self.rank}
 
     @property
-    def context_alpha(self):
+    def context_alpha(self) -> torch.Tensor:
         """a, shape [1]."""
         return torch.sigmoid(self.context_logit)
 
-    def forward(self, x, attended=None, share=None):
+    def forward(self, x: torch.Tensor, attended: torch.Tensor | None = None, share: Any = None) -> torch.Tensor:
         """`attended`: what the attention of the same block put out, None if it is off; `share`: a factor of a, [1]."""
         h = F.gelu(self.c_fc(x), approximate="tanh")
         if attended is not None:
@@ -65,7 +69,7 @@ class ContextMLP(MLP):
         return self.dropout(self.c_proj(h))
 
     @torch.no_grad()
-    def absorb(self, scale, share) -> None:
+    def absorb(self, scale: Any, share: Any) -> None:
         """Change the weights so that f(x, scale attended) is what f(x, attended, share) was; both are tensors [1]."""
         self.context_down.weight /= scale
         a = self.context_alpha * share

@@ -17,6 +17,8 @@ attention's input, so alpha_e W_e and alpha_c W_b matter as products only. Choos
 where two are equal up to rounding, two orders of summation may choose differently.
 """
 
+from typing import TYPE_CHECKING, Self
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -26,6 +28,9 @@ from gpt2.coupling import Coupling
 from gpt2.layers import INIT_STD, Linear, residual_std
 from gpt2.mlp.baseline import MLP
 from gpt2.rules import hidden_width
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 CROSS_START, TOP_WEIGHTS = 0.3, 8
 
@@ -46,17 +51,17 @@ class LatentBandMLP(MLP):
         self.gate_parameters = ("cross_alpha", "exchange_alpha")
 
     @classmethod
-    def from_config(cls, cfg, layer: int = 0):
+    def from_config(cls, cfg: "Config", layer: int = 0) -> Self:
         return cls(cfg.GPT2_N_EMBD, hidden_width(cfg), latent_width(cfg), cfg.GPT2_DROPOUT, cfg.GPT2_BIAS,
                    residual_std(cfg.GPT2_N_LAYER), bool(cfg.BAND_CROSS_TOKEN), bool(cfg.BAND_EXCHANGE))
 
     @staticmethod
-    def extra_parameters(cfg) -> int:
+    def extra_parameters(cfg: "Config") -> int:
         matrix = hidden_width(cfg) * latent_width(cfg)
         return (2 * matrix + 1 if cfg.BAND_CROSS_TOKEN else 0) + (matrix + 1 if cfg.BAND_EXCHANGE else 0)
 
     @staticmethod
-    def cache_bytes_per_token(cfg, itemsize: int) -> int:
+    def cache_bytes_per_token(cfg: "Config", itemsize: int) -> int:
         return latent_width(cfg) * itemsize if cfg.BAND_CROSS_TOKEN else 0
 
     def add_cache(self, cache: LatentCache) -> LatentCache:
@@ -64,10 +69,11 @@ class LatentBandMLP(MLP):
         cache.features = None if self.mix_down is None else torch.empty_like(cache.latent_keys)
         return cache
 
-    def forward(self, x, attended=None):
+    def forward(self, x: torch.Tensor, attended: torch.Tensor | None = None) -> None:
         raise RuntimeError("a coupled MLP needs its block's latents and weights: call `couple`")
 
-    def couple(self, x, latent_keys, weights=None, cache: LatentCache | None = None):
+    def couple(self, x: torch.Tensor, latent_keys: torch.Tensor, weights: torch.Tensor | None = None,
+               cache: LatentCache | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """What the MLP adds, [B, T, n_embd], and its hidden features, [B, T, d_ff]. `latent_keys` [B, T, L] and `weights`
         [B, T, past + T] are those `LatentBandAttention.couple` returned for the same positions."""
         h = F.gelu(self.c_fc(x), approximate="tanh")
@@ -87,7 +93,7 @@ class LatentBandMLP(MLP):
         return {name: alpha for name, alpha in found.items() if alpha is not None}
 
 
-def strongest(weights, count: int = TOP_WEIGHTS):
+def strongest(weights: torch.Tensor, count: int = TOP_WEIGHTS) -> torch.Tensor:
     """Rows of `weights` [..., n] with all but their `count` largest entries set to 0, and summing to 1.
 
     Entries equal to the smallest that is kept are kept too, so the choice does not depend on an order of equals.

@@ -20,6 +20,8 @@ Sources: reciprocal-architecture-kvsplice-2025-11-11 (there the "per-token" gate
 is per token), geometric-init-skip-gates (injection, skip gates, R_ff = 3/8 of d_ff).
 """
 
+from typing import TYPE_CHECKING, Any, Self
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -30,6 +32,9 @@ from gpt2.mlp.baseline import MLP
 from gpt2.rules import hidden_width, resolve_size
 from gpt2.skip import SkipGate
 
+if TYPE_CHECKING:
+    from lib.config import Config
+
 
 class GateLast(torch.autograd.Function):
     """h [B, T, d_ff] with its last `count` features multiplied by s [B, T, 1].
@@ -38,14 +43,14 @@ class GateLast(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, s, count: int):
+    def forward(ctx: Any, h: torch.Tensor, s: torch.Tensor, count: int) -> Any:
         ctx.count = count
         ctx.save_for_backward(h[..., -count:].clone(), s)  # a view would keep all of h
         others = torch.arange(h.size(-1), device=h.device) < h.size(-1) - count
         return h * torch.where(others, 1.0, s).to(h.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         last, s = ctx.saved_tensors
         # Said otherwise than in `forward`: a compiler that finds the same factor twice keeps it, at the size of h.
         gated = torch.arange(grad.size(-1), device=grad.device) >= grad.size(-1) - ctx.count
@@ -90,7 +95,7 @@ class ReciprocalMLP(MLP):
         self.baked = False
 
     @classmethod
-    def from_config(cls, cfg, layer: int = 0):
+    def from_config(cls, cfg: "Config", layer: int = 0) -> Self:
         d_ff = hidden_width(cfg)
         return cls(cfg.GPT2_N_EMBD, d_ff, resolve_size(cfg.RMLP_R_FF, d_ff), cfg.GPT2_DROPOUT, cfg.GPT2_BIAS,
                    cfg.RMLP_MIXER, cfg.RMLP_TOKEN_GATE, (0.9, 0.1) if cfg.RMLP_GATES_FIXED else None,
@@ -99,7 +104,7 @@ class ReciprocalMLP(MLP):
                    (cfg.SKIP_START, cfg.SKIP_START_REC) if cfg.SKIP_GATES else None)
 
     @staticmethod
-    def extra_parameters(cfg) -> int:
+    def extra_parameters(cfg: "Config") -> int:
         R_ff = resolve_size(cfg.RMLP_R_FF, hidden_width(cfg))
         tied = bool(cfg.RMLP_TIED_UP or cfg.RMLP_TIED_PROJ)
         return (2 + cfg.RMLP_MIXER * R_ff ** 2 + cfg.RMLP_TOKEN_GATE * (cfg.GPT2_N_EMBD + 1) + cfg.RMLP_INJECTION
@@ -108,16 +113,16 @@ class ReciprocalMLP(MLP):
     def sizes(self) -> dict:
         return {"d_ff": self.d_ff, "R_ff": self.R_ff}
 
-    def meet(self, attention) -> None:
+    def meet(self, attention: Any) -> None:
         if self.tying == "proj":
             self.tied_weight = attention.c_proj.weight  # the same parameter; it is counted once, under the attention's name
 
     @property
-    def w_std(self):
+    def w_std(self) -> torch.Tensor:
         return self.gate_std.square()
 
     @property
-    def w_rec(self):
+    def w_rec(self) -> torch.Tensor:
         return self.gate_rec.square()
 
     @property
@@ -129,10 +134,10 @@ class ReciprocalMLP(MLP):
         return self.skip_rec is None or self.skip_rec.on
 
     @property
-    def on(self) -> bool:
+    def on(self) -> bool:  # type: ignore[override]  # what asks for it only reads
         return self.std_on or self.rec_on
 
-    def up_weights(self):
+    def up_weights(self) -> Any:
         """(U_std, its bias), (U_low, its bias): weights [d_std, n_embd] and [R_ff, n_embd]."""
         weight, bias = self.c_fc.weight, self.c_fc.bias
         if self.tying != "none":
@@ -141,14 +146,14 @@ class ReciprocalMLP(MLP):
         biases = (None, None) if bias is None else bias.split([self.d_std, self.R_ff])
         return tuple(zip(weight.split([self.d_std, self.R_ff]), biases, strict=True))
 
-    def down_weight(self):
+    def down_weight(self) -> torch.Tensor:
         """W_down [n_embd, d_ff] with the weights and the mixer folded in, in float32 whatever the autocast."""
         weight = self.c_proj.weight
         if self.baked:
             return weight
         with full_precision(weight):
             if self.mixer is not None:
-                mixer = self.mixer
+                mixer: torch.Tensor = self.mixer
                 if self.coupling.moved:
                     mixer = torch.lerp(torch.eye(self.R_ff, device=mixer.device, dtype=mixer.dtype), mixer, self.coupling.scale)
                 weight = torch.cat([weight[:, :self.d_std], weight[:, self.d_std:] @ mixer], dim=1)
@@ -158,23 +163,24 @@ class ReciprocalMLP(MLP):
                 w_rec = w_rec * self.skip_rec.factor() if self.rec_on else w_rec
             return weight * torch.cat([w_std.expand(self.d_std), w_rec.expand(self.R_ff)])
 
-    def injected(self, x, attended):
+    def injected(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """x', what the reciprocal features see."""
         if self.injection_alpha is None or attended is None:
             return x
         return x + (self.coupling.share(self.injection_alpha) * attended).to(x.dtype)
 
-    def token_factor(self, x):
+    def token_factor(self, x: torch.Tensor) -> torch.Tensor:
         """s(x_t), [B, T, 1]."""
         # A sum, not a matmul by one column: a compiler takes it along where it normalises x.
         s = 2 * torch.sigmoid((x * self.token_gate).sum(-1, keepdim=True) + self.token_gate_bias)
         return self.coupling.weight(s).to(x.dtype)
 
-    def forward(self, x, attended=None):
+    def forward(self, x: torch.Tensor, attended: torch.Tensor | None = None) -> torch.Tensor:
         std, low = self.up_weights()
         down = self.down_weight()
         if self.injection_alpha is None and self.std_on and self.rec_on:
-            weight, bias = self.c_fc.weight, self.c_fc.bias
+            weight: torch.Tensor = self.c_fc.weight
+            bias: torch.Tensor | None = self.c_fc.bias
             if self.tying != "none":
                 weight, bias = torch.cat([std[0], low[0]]), None if bias is None else torch.cat([std[1], low[1]])
             h = F.gelu(F.linear(x, weight, bias), approximate="tanh")
@@ -193,7 +199,7 @@ class ReciprocalMLP(MLP):
         return self.dropout(F.linear(torch.cat(parts, -1), down, self.c_proj.bias))
 
     @torch.no_grad()
-    def bake(self):
+    def bake(self) -> Self:
         """Fold the weights, the mixer and the skip factors into W_down and fix them: the same function."""
         if not self.baked:
             self.c_proj.weight.copy_(self.down_weight())
@@ -207,7 +213,7 @@ class ReciprocalMLP(MLP):
             self.baked = True
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.baked = False  # loaded weights come with gates that act and learn
         for p in (self.gate_std, self.gate_rec, self.mixer):
             if p is not None:

@@ -8,16 +8,20 @@ numbers.
 import hashlib
 from collections.abc import Iterator
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lib.data.tokens import Tokens
 from lib.streams import stream_seed
 
+if TYPE_CHECKING:
+    from lib.config import Config
+
 UNIGRAM_TOKENS = 10_000_000
 
 
-def draw_size(cfg) -> int:
+def draw_size(cfg: "Config") -> int:
     """Sequences of one draw: BATCH_DRAWN, or BATCH_SIZE where that is 0."""
     return cfg.BATCH_DRAWN or cfg.BATCH_SIZE
 

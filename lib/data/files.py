@@ -9,6 +9,7 @@ text: read as tokens it begins with id 55896, which GPT-2's vocabulary does not 
 import re
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def open_shard(path: Path) -> np.ndarray:
     return _mapped(path, HEADER_BYTES, count)
 
 
-def listed(shards) -> list[dict]:
+def listed(shards: Any) -> list[dict]:
     """The shards that an index lists. ValueError if one is not what a preparation writes, or lies outside the folder."""
     for shard in shards:
         file, tokens, digest = shard["file"], shard["tokens"], shard["sha256"]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +23,11 @@ from lib.data.files import listed, repo_path
 from lib.data.shards import verify_shards, write_corpus
 from lib.errors import UserError
 from lib.paths import shown
+
+if TYPE_CHECKING:
+    import tiktoken
+
+    from lib.config import Config
 
 END_OF_TEXT = 50256
 # (name on the hub, configuration). All three are parquet there, without a loading script, which datasets no longer
@@ -44,7 +50,7 @@ GPT2_FILES = {  # sha256 of the vocabulary as its authors published it, so that 
 }
 
 
-def prepare(cfg, progress: Callable[[int, int], None] | None = None) -> dict:
+def prepare(cfg: "Config", progress: Callable[[int, int], None] | None = None) -> dict:
     """Prepare cfg.DATASET (shakespeare, tinystories or finewebedu) and return what its corpus.json holds.
 
     Reads cfg.DATA_DIR, DATA_PREPARE_TOKENS (training tokens to stop after, 0: all) and DATA_SOURCE. A finished folder
@@ -88,7 +94,7 @@ def prepare(cfg, progress: Callable[[int, int], None] | None = None) -> dict:
                         ) from error
 
 
-def gpt2_encoding():
+def gpt2_encoding() -> "tiktoken.Encoding":
     """GPT-2's byte-pair encoding as a tiktoken.Encoding of 50257 ids.
 
     tiktoken downloads the vocabulary once. Without a network, name a folder that holds the published vocab.bpe and
@@ -107,14 +113,14 @@ def gpt2_encoding():
 
 
 @lru_cache(maxsize=1)
-def _encoding_from(folder: str):
+def _encoding_from(folder: str) -> "tiktoken.Encoding":
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import ENDOFTEXT, r50k_pat_str
 
     merges, names = (str(Path(folder).expanduser().absolute() / name) for name in GPT2_FILES)
     try:
-        ranks = data_gym_to_mergeable_bpe_ranks(merges, names, *GPT2_FILES.values())
+        ranks = data_gym_to_mergeable_bpe_ranks(merges, names, *GPT2_FILES.values())  # type: ignore[arg-type]  # two hashes
     except (OSError, ValueError) as error:
         raise UserError(f"TIKTOKEN_GPT2_DIR={folder} does not hold GPT-2's vocab.bpe and encoder.json.",
                         "put the published files there, then make data") from error
@@ -122,14 +128,14 @@ def _encoding_from(folder: str):
                              special_tokens={ENDOFTEXT: END_OF_TEXT}, explicit_n_vocab=50257)
 
 
-def _source_name(cfg) -> str:
+def _source_name(cfg: "Config") -> str:
     if cfg.DATA_SOURCE:
         return shown(repo_path(cfg.DATA_SOURCE))
     name, config = HUB[cfg.DATASET]
     return f"{name} {config}" if config else name
 
 
-def _finished(folder: Path, cfg) -> dict:
+def _finished(folder: Path, cfg: "Config") -> dict:
     again = f"delete {shown(folder)}, then make data"
     try:
         corpus = json.loads((folder / "corpus.json").read_text())
@@ -149,7 +155,7 @@ def _finished(folder: Path, cfg) -> dict:
     return corpus
 
 
-def _open_source(cfg) -> dict:
+def _open_source(cfg: "Config") -> dict:
     """{"train": rows, "val": rows} (val only where the source has such a split), datasets that can skip rows."""
     import datasets
 
@@ -179,7 +185,7 @@ def _open_source(cfg) -> dict:
     return {"train": train} if val is None or val is train else {"train": train, "val": val}
 
 
-def _load_path(path: Path):
+def _load_path(path: Path) -> Any:
     """A local file or folder as the datasets library sees it. A text file is one document, blank lines and all."""
     import datasets
 
@@ -202,7 +208,7 @@ def _builder(path: Path) -> str | None:
     return BUILDERS.get(suffixes[-1]) if suffixes else None
 
 
-def _texts(rows, skip: int, source: str) -> Iterator[str]:
+def _texts(rows: Any, skip: int, source: str) -> Iterator[str]:
     iterator, number = iter(rows.skip(skip) if skip else rows), skip
     while True:
         try:
@@ -221,7 +227,7 @@ def _texts(rows, skip: int, source: str) -> Iterator[str]:
         yield row["text"] or ""  # some sources hold null
 
 
-def _encoded(texts: Iterator[str], encoding) -> Iterator[np.ndarray]:
+def _encoded(texts: Iterator[str], encoding: Any) -> Iterator[np.ndarray]:
     """Token ids of each text behind END_OF_TEXT, uint16; nothing at all for an empty text. Order is kept."""
     threads = min(16, os.cpu_count() or 1)
     for batch in _batched(texts):
@@ -242,7 +248,7 @@ def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _display(name: str, total: int):
+def _display(name: str, total: int) -> Iterator[Any]:
     """Yield `progress(train_tokens, documents)`: a bar on a terminal, a line every ten seconds anywhere else."""
     if sys.stderr.isatty():
         from rich.console import Console

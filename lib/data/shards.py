@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -169,5 +170,5 @@ class _Writer:
         self._train_tokens = sum(shard["tokens"] for shard in self.shards)
 
 
-def _sha256(data) -> str:
+def _sha256(data: Any) -> str:
     return hashlib.sha256(data).hexdigest()

@@ -12,6 +12,7 @@ import sysconfig
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from lib.data.files import listed, open_shard, repo_path, split_files
 from lib.data.tokens import Tokens
 from lib.errors import UserError
 from lib.paths import shown
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 VOCAB_SIZE = {"bytes": 256, "gpt2": 50257}
 PREPARED = ("shakespeare", "tinystories", "finewebedu")
@@ -46,7 +50,7 @@ class Corpus:
                 "train_hash": self.train.fingerprint(), "val_hash": self.val.fingerprint()}
 
 
-def open_corpus(cfg) -> Corpus:
+def open_corpus(cfg: "Config") -> Corpus:
     """The configured data set. Reads cfg.DATASET, TOKENIZER, DATA_DIR, DATA_LOCAL_DIR and GPT2_BLOCK_SIZE.
 
     Raises UserError if it is missing, unfinished, damaged, has ids outside the vocabulary (see `Tokens.check` for how
@@ -100,7 +104,8 @@ def python_sources(folder: str) -> tuple[np.ndarray, np.ndarray]:
     for name in sorted(paths):
         low = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") * 20 < 2**64
         parts["val" if low else "train"] += [paths[name].read_bytes(), b"\0"]
-    return tuple(np.frombuffer(b"".join(parts[split]), np.uint8).astype(np.uint16) for split in ("train", "val"))
+    return tuple(  # type: ignore[return-value]  # two of them
+        np.frombuffer(b"".join(parts[split]), np.uint8).astype(np.uint16) for split in ("train", "val"))
 
 
 def _local(folder: Path, tokenizer: str) -> tuple[Tokens, Tokens]:
@@ -133,7 +138,8 @@ def _prepared(folder: Path, name: str, tokenizer: str) -> tuple[Tokens, Tokens]:
         if not path.is_file() or path.stat().st_size != 2 * count:
             raise UserError(f"{shown(path)} is missing or damaged: corpus.json says {count} tokens.",
                             f"delete {shown(folder)}, then make data")
-    return tuple(_tokens([path for path, _ in shards[split]], tokenizer) for split in ("train", "val"))
+    return tuple(  # type: ignore[return-value]  # two of them
+        _tokens([path for path, _ in shards[split]], tokenizer) for split in ("train", "val"))
 
 
 def _tokens(paths: list[Path], tokenizer: str) -> Tokens:

@@ -15,11 +15,16 @@ group["lr"] = scheduled rate * group["lr_mult"] before each step.
 Every optimizer here honours `found_inf` (lib/finite.py): a step leaves parameters and moments alone where it is 1.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from lib.optimizers.adamw_spam import AdamWSPAM
 from lib.optimizers.sinkgd import SinkGD
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 ADAM_EPS = 1e-8
 
@@ -47,7 +52,7 @@ def embeddings(model: nn.Module) -> set[int]:
     }
 
 
-def param_groups(model: nn.Module, cfg) -> list[dict]:
+def param_groups(model: nn.Module, cfg: "Config") -> list[dict]:
     """Groups "decay" (two dimensions and more), "no_decay", "gate" and "structure"; those without a parameter are left out.
 
     A parameter with several names is in there once, under its first. For SinkGD "matrix" is split off from "decay":
@@ -55,7 +60,7 @@ def param_groups(model: nn.Module, cfg) -> list[dict]:
     """
     gates, structure, tables = declared(model, "gate_parameters"), declared(model, "structure_parameters"), embeddings(model)
 
-    def group_of(p):
+    def group_of(p: nn.Parameter) -> str:
         if id(p) in structure:
             return "structure"
         if id(p) in gates:
@@ -91,7 +96,7 @@ def param_groups(model: nn.Module, cfg) -> list[dict]:
     ]
 
 
-def build(model: nn.Module, cfg) -> torch.optim.Optimizer:
+def build(model: nn.Module, cfg: "Config") -> torch.optim.Optimizer:
     """The optimizer of `cfg` over all trainable parameters of `model`, which must be on their device already.
 
     ValueError for an unknown OPTIMIZER.

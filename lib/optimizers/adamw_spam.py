@@ -18,6 +18,8 @@ it, as in the schedule's warm-up.
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -39,7 +41,7 @@ def rewarm_factor(step: int, interval: int, warmup_steps: int) -> float:
     return 1.0 - (1.0 - REWARM_START) * 0.5 * (1.0 + math.cos(math.pi * (step % interval) / warmup_steps))
 
 
-def clip_spikes(grads: list, seconds: list, theta: float, correction: float) -> list:
+def clip_spikes(grads: list, seconds: list, theta: float, correction: float) -> Sequence[torch.Tensor]:
     """New gradients with |g| <= sqrt(theta v / correction); entries within the limit, and those with v = 0, are equal.
 
     `seconds` holds the second moments v of the steps before, `correction` is 1 - beta2^n of their n updates (n >= 1).
@@ -52,19 +54,19 @@ def clip_spikes(grads: list, seconds: list, theta: float, correction: float) -> 
     from lib.optimizers import spike_kernel  # Triton comes with the builds of torch that know a GPU
 
     small = [pair for pair, is_large in zip(zip(grads, seconds, strict=True), large, strict=True) if not is_large]
-    rest = iter(_by_operations(*map(list, zip(*small, strict=True)), theta, correction) if small else ())
+    rest = iter(_by_operations([g for g, _ in small], [s for _, s in small], theta, correction) if small else ())
     factor = math.sqrt(theta / correction)
     return [spike_kernel.clip(grad, second, factor, TINY) if is_large else next(rest)
             for grad, second, is_large in zip(grads, seconds, large, strict=True)]
 
 
-def _is_large(grad, second) -> bool:
+def _is_large(grad: torch.Tensor, second: torch.Tensor) -> bool:
     """Whether a kernel of its own is worth its launch."""
     return (grad.is_cuda and grad.numel() >= LARGE and grad.dtype == second.dtype == torch.float32
             and grad.is_contiguous() and second.is_contiguous())
 
 
-def _by_operations(grads: list, seconds: list, theta: float, correction: float) -> list:
+def _by_operations(grads: list, seconds: list, theta: float, correction: float) -> Sequence[torch.Tensor]:
     limits = torch._foreach_sqrt(seconds)
     torch._foreach_mul_(limits, math.sqrt(theta / correction))
     # Adds infinity where the limit is 0 and less than a rounding error where it is above 1e-14: no mask, no branch.
@@ -75,7 +77,8 @@ def _by_operations(grads: list, seconds: list, theta: float, correction: float) 
     return clipped
 
 
-def adamw_update(params, grads, firsts, seconds, updates: int, group: dict, lr: float, found_inf=None) -> None:
+def adamw_update(params: list[torch.Tensor], grads: list[torch.Tensor], firsts: list[torch.Tensor], seconds: list[torch.Tensor],
+                 updates: int, group: dict, lr: float, found_inf: torch.Tensor | None = None) -> None:
     """One AdamW step in place, by torch's fused kernel; `updates` counts this one. Reads betas, eps, weight_decay.
 
     Where `found_inf` (float32, shape (), on the device) is 1, nothing is changed.
@@ -87,7 +90,7 @@ def adamw_update(params, grads, firsts, seconds, updates: int, group: dict, lr: 
                         weight_decay=group["weight_decay"], amsgrad=False, maximize=False, found_inf=found_inf)
 
 
-def moment_batches(optimizer: torch.optim.Optimizer, group: dict):
+def moment_batches(optimizer: torch.optim.Optimizer, group: dict) -> Iterator[tuple]:
     """Yield (params, grads, firsts, seconds, updates before this step), a batch at a time, and count this update.
 
     Only parameters with a gradient. Those of a batch share device, dtype and number of updates, so that the fused
@@ -110,7 +113,7 @@ def moment_batches(optimizer: torch.optim.Optimizer, group: dict):
             yield *map(list, zip(*batch, strict=True)), updates
 
 
-def batched(rows: list, limit: int):
+def batched(rows: list, limit: int) -> Iterator[list]:
     """Cut rows, each led by a tensor, into lists of at most `limit` entries; a larger tensor is a list of its own."""
     batch, size = [], 0
     for row in rows:
@@ -131,8 +134,9 @@ class AdamWSPAM(torch.optim.Optimizer):
     reduced learning rate (paper: 150). ValueError when warmup_steps >= interval > 0: the re-warm-up would never end.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, theta=5000.0, interval=500,
-                 warmup_steps=150):
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.0, theta: float = 5000.0, interval: int = 500,
+                 warmup_steps: int = 150):
         self.found_inf = None
         if not (math.isfinite(theta) and theta > 0 and interval >= 0 and warmup_steps >= 0):
             raise ValueError(f"theta={theta}, interval={interval} or warmup_steps={warmup_steps} is out of range")
@@ -142,7 +146,7 @@ class AdamWSPAM(torch.optim.Optimizer):
                                       interval=interval, warmup_steps=warmup_steps, step=0))
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         """One step for every parameter that has a gradient; returns the closure's value, if there is one."""
         loss = None
         if closure is not None:

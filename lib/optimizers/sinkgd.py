@@ -14,6 +14,8 @@ matrices, L = 5 rounds, no momentum. `lib.optimizers.build` keeps that relation,
 LEARNING_RATE is the paper's global rate, and a value tuned for AdamW (6e-4) is a small one here.
 """
 
+from typing import Any
+
 import torch
 
 from lib.optimizers.adamw_spam import adamw_update, batched, moment_batches
@@ -65,8 +67,9 @@ class SinkGD(torch.optim.Optimizer):
     not two-dimensional.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, iters=5, l1=False, tau=None,
-                 matrix=True):
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.0, iters: int = 5, l1: bool = False, tau: float | None = None,
+                 matrix: bool = True):
         self.found_inf = None
         if iters < 1 or (l1 and not (tau and tau > 0)):
             raise ValueError(f"iters={iters} must be at least 1, and tau={tau} positive with l1")
@@ -81,7 +84,7 @@ class SinkGD(torch.optim.Optimizer):
             raise ValueError(f"SinkGD's matrix groups take matrices, not tensors of shape {shapes[0]}")
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         """One step for every parameter that has a gradient; returns the closure's value, if there is one."""
         loss = None
         if closure is not None:

@@ -10,6 +10,7 @@ the widths of its panels; `usermeta.row` is how many panels belong side by side.
 
 import json
 from statistics import median
+from typing import Any
 
 from lib.report import curves
 
@@ -58,7 +59,7 @@ def config(dark: bool = False) -> dict:
             "text": {"color": ink}, "rule": {"color": soft}}
 
 
-def _chart(title: str, lines: list[str], description: str, **rest) -> dict:
+def _chart(title: str, lines: list[str], description: str, **rest: Any) -> dict:
     return {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", "title": {"text": title, "subtitle": lines},
             "description": description, "width": "container", "autosize": {"type": "fit-x", "contains": "padding"},
             "params": [{"name": "narrow", "value": False}], **rest}
@@ -73,7 +74,7 @@ def _rows(names: list[str], side: str, wide: dict | None = None, narrow: dict | 
     return {"field": "step", "type": "nominal", "sort": None, "scale": {"domain": names}, "axis": axis}
 
 
-def _signed(value) -> str:
+def _signed(value: Any) -> str:
     return f"{round(value, 4) + 0.0:+.4f}".replace("-", "\u2212")  # adding zero turns -0.0 into 0.0
 
 
@@ -201,7 +202,7 @@ def loss(content: dict, by: str) -> dict | None:
     colour = field | {"scale": {"domain": names, "range": [look[n][0] for n in names]}}
     dash = field | {"scale": {"domain": names, "range": [look[n][1] for n in names]}}
 
-    def shown(value):
+    def shown(value: Any) -> Any:
         return {"condition": {"param": "highlight", "value": value}, "value": value / 6}
     part = {"field": "part", "type": "nominal"}
     tooltip = [{"field": "step", "type": "nominal"}, {"field": "x", "type": "quantitative", "title": unit, "format": ",.6~g"},
@@ -262,10 +263,10 @@ def gates(content: dict) -> dict | None:
     colour = scale | {"scale": {"domain": layers, "range": colours}}
     dash = scale | {"scale": {"domain": layers, "range": [DASHES[i % 3] for i in range(len(layers))]}}
 
-    def single(rows):  # points serve the tooltips and are seen only where there is no line
+    def single(rows: Any) -> Any:  # points serve the tooltips and are seen only where there is no line
         return 0 if len({row["tokens"] for row in rows}) > 1 else 1
 
-    def panel(name, step, rows):
+    def panel(name: str, step: str, rows: Any) -> Any:
         values = [row["value"] for _, others in by_statistic[name] for row in others]
         low, high = min(values), max(values)
         space = 0.06 * (high - low) or max(abs(high) * 0.05, 0.01)
@@ -341,7 +342,7 @@ def _bar(step: dict, value: float, text: str) -> dict:
     return {"step": step["name"], "value": value, "kind": "baseline" if step.get("is_baseline") else "step", "text": text}
 
 
-def _bars(rows, wide, narrow, title, unit, form, reference, line) -> dict | None:
+def _bars(rows: Any, wide: Any, narrow: Any, title: Any, unit: str, form: Any, reference: Any, line: Any) -> dict | None:
     """Horizontal bars, a row a step, the text at the right; a line where the baseline is."""
     if not rows:
         return None

@@ -7,6 +7,7 @@ them. Which of the two codecs loses less is a family of its own, one comparison 
 """
 
 from statistics import fmean
+from typing import Any
 
 from lib import anytime, stats
 from lib.design import ERROR_RATE
@@ -20,7 +21,7 @@ def rows(records_by_step: dict[str, list[dict]], test: str) -> list[dict]:
     """One row a step that has such records: mean loss before, three paired differences with their 95 % intervals (after PCA
     and after the codec, each to before; codec to PCA), which of the two wins, and the mean relative error of the values."""
     estimator = anytime.estimate if test == "anytime" else stats.paired
-    found = []
+    found: list[dict] = []
     for name, records in records_by_step.items():
         known = [record["compression"] for record in records if record["compression"]]
         if known:
@@ -36,12 +37,12 @@ def rows(records_by_step: dict[str, list[dict]], test: str) -> list[dict]:
     return found
 
 
-def _mean(values) -> float | None:
+def _mean(values: Any) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 
 
-def _difference(estimator, arm: list[float], reference: list[float]) -> dict:
+def _difference(estimator: Any, arm: list[float], reference: list[float]) -> dict:
     e = estimator([a - b for a, b in zip(arm, reference, strict=True)])
     return {"difference": e.difference, "low": e.low, "high": e.high, "p": e.p}
 

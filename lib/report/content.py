@@ -9,6 +9,7 @@ import json
 import math
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,13 +20,16 @@ from lib.report import caches, compression
 from lib.tables import plural
 from lib.verdicts import Comparison
 
+if TYPE_CHECKING:
+    from lib.plan import Plan
+
 FORMAT = 1
 MEANS = ("val_loss", "val_perplexity", "best_val_loss", "train_loss", "tokens", "train_seconds", "tokens_per_second",
          "parameters", "peak_memory_bytes", "kv_cache_bytes")
 UNRESOLVED = ("failed", "diverged", "stale", "interrupted")  # states whose reason a reader must be told
 
 
-def content(plan) -> dict:
+def content(plan: "Plan") -> dict:
     """The report of a plan's study. UserError if two folders hold the same cell."""
     refuse_copies(plan)
     history, sweep = plan.history, _sweep(plan)
@@ -65,7 +69,7 @@ def content(plan) -> dict:
     }
 
 
-def _step(plan, groups: list[Group], one: Group, comparison: Comparison | None, later: list[int], test: str,
+def _step(plan: "Plan", groups: list[Group], one: Group, comparison: Comparison | None, later: list[int], test: str,
           evaluations: dict[str, list], function_class: FunctionClass) -> dict:
     base = reference(plan.study, groups, one)
     records = {cell.seed: status.record for cell, status in one.cells if status.state == "done"}
@@ -114,7 +118,7 @@ def _comparison(one: Group, base: Group, c: Comparison, test: str, evaluations: 
     if c.by_seed:
         arms = ({cell.seed: (evaluations[cell.name], status.record) for cell, status in arm.cells if cell.seed in c.by_seed}
                 for arm in (one, base))
-        found |= views(*arms, test)
+        found |= views(*arms, test)  # type: ignore[call-arg, arg-type]  # two arms
     return found
 
 
@@ -141,7 +145,7 @@ def views(arm: dict, base: dict, test: str) -> dict:
                                     "n": estimate.n, "at": fmean(where for _, where in at[key])}
     speeds = [(arm[s][1]["tokens_per_second"], base[s][1]["tokens_per_second"]) for s in sorted(arm.keys() & base.keys())]
     if speeds and all(a and b for a, b in speeds):
-        ratio, low, high = stats.ratio(*zip(*speeds, strict=True), estimator)
+        ratio, low, high = stats.ratio(*zip(*speeds, strict=True), estimator)  # type: ignore[call-arg]  # two arms
         found["speed"] = {"ratio": ratio, "low": low, "high": high, "n": len(speeds)}
     return found
 
@@ -196,7 +200,7 @@ def short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _sweep(plan) -> list[dict] | None:
+def _sweep(plan: "Plan") -> list[dict] | None:
     """The learning-rate sweep: final validation loss by step and multiple, the best one, whether that is at an end."""
     if not plan.sweep:
         return None
@@ -243,7 +247,8 @@ def _outside_budget(records: list[dict]) -> dict | None:
     return {kind: fmean(r[f"{kind}_seconds"] or 0.0 for r in records) for kind in kinds} if records else None
 
 
-def _notes(plan, history: list[dict], steps: list[dict], compared: dict[str, Comparison], sweep: list[dict]) -> list[str]:
+def _notes(plan: "Plan", history: list[dict], steps: list[dict], compared: dict[str, Comparison],
+           sweep: list[dict]) -> list[str]:
     found, later = list(design.changes(history)), design.later_seeds(history)
     if later:
         text = f"seeds {' '.join(map(str, later))} were added after a look at the results"
@@ -277,7 +282,7 @@ def _notes(plan, history: list[dict], steps: list[dict], compared: dict[str, Com
     return list(dict.fromkeys(found))
 
 
-def _side_by_side(plan) -> str | None:
+def _side_by_side(plan: "Plan") -> str | None:
     """Under a time budget, cells that shared a device have trained what their neighbours left them."""
     timed = [status.record for cell, status in plan.found(plan.common)
              if status.state == "done" and cell.resolved.config.GPT2_MAX_TIME]
@@ -310,7 +315,7 @@ def control_failure(name: str, control: str | None, comparison: Comparison | Non
     return f"control {name} should show {expected[0]} {comparison.reference}, but: {comparison.sentence}"
 
 
-def failures(plan) -> list[str]:
+def failures(plan: "Plan") -> list[str]:
     """Planned cells, and those of a learning-rate sweep, that ended without a result; the report's notes say why."""
     cells = [cell for cell in plan.cells if plan.wants(cell)] + (plan.sweep.cells if plan.sweep else [])
     return [f"{cell.step} seed {cell.seed} ({state})" for cell in cells

@@ -3,15 +3,16 @@
 from bisect import bisect_left
 from math import isfinite
 from statistics import fmean, median
+from typing import Any
 
 EARLY = 0.3  # the share of a training whose losses may lie above the axis
 
 
-def number(value) -> bool:
+def number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
-def points(xs, ys) -> list[tuple]:
+def points(xs: Any, ys: Any) -> list[tuple]:
     """Pairs of known numbers, in the order of x."""
     return sorted((x, y) for x, y in zip(xs or [], ys or [], strict=False) if number(x) and number(y))
 

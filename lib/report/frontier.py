@@ -14,6 +14,7 @@ and is better in one of the two. Differences of means are not verdicts: those ar
 
 import math
 from statistics import fmean
+from typing import Any
 
 from lib.report import charts, labels
 from lib.tables import table
@@ -79,7 +80,7 @@ def _kib(count: float) -> str:
     return f"{count / 2 ** 10:,.4g}" if count < 2 ** 20 else f"{count / 2 ** 10:,.0f}"
 
 
-def _beats(one: dict, other: dict, cost) -> bool:
+def _beats(one: dict, other: dict, cost: Any) -> bool:
     a, b = (one["val_loss"], cost(one)), (other["val_loss"], cost(other))
     return a != b and a[0] <= b[0] and a[1] <= b[1]
 
@@ -151,7 +152,7 @@ def _panel(at: list[dict], losses: tuple, ends: tuple, log: bool, title: str, ma
     tooltip = [{"field": "name", "type": "nominal"}, {"field": "val_loss", "type": "quantitative", "format": ".4f"},
                {"field": "x", "type": "quantitative", "title": title}, {"field": "n", "type": "quantitative", "title": "seeds"}]
 
-    def here(**fields):
+    def here(**fields: Any) -> Any:
         both = {"x": x | {"field": "x"}, "y": y | {"field": "val_loss"}}
         return both | fields
 
@@ -184,7 +185,7 @@ def placed(at: list[dict], losses: tuple, ends: tuple, log: bool) -> list[dict]:
     scale = math.log if log else float
     first, last = map(scale, ends)
 
-    def pixels(x, loss):
+    def pixels(x: Any, loss: Any) -> Any:
         return (scale(x) - first) / (last - first) * WIDTH, (losses[1] - loss) / (losses[1] - losses[0]) * HEIGHT
 
     marks: dict[str, list] = {}

@@ -1,6 +1,7 @@
 """The report as Markdown: what the terminal shows and report.md holds. Verdicts first, then what they rest on."""
 
 import re
+from typing import Any
 
 from lib.errors import one_line
 from lib.report import caches, compression
@@ -30,7 +31,7 @@ def render(content: dict) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def harmless(value):
+def harmless(value: Any) -> Any:
     """A value of JSON with every text in it as one line that is no markup."""
     if isinstance(value, dict):
         return {harmless(key): harmless(part) for key, part in value.items()}
@@ -125,7 +126,7 @@ def step_table(steps: list[dict]) -> str:
     return table(header, rows, "lrrrrrrrl")
 
 
-def _shown(value, form) -> str:
+def _shown(value: Any, form: Any) -> str:
     return "-" if value is None else form(value)
 
 

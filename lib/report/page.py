@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from lib import atomic
 from lib.paths import user_cache
@@ -56,7 +57,7 @@ def render(content: dict, specs: dict[str, dict]) -> str:
         digest=digest(content), code=code())
 
 
-def environment():
+def environment() -> Any:
     """Jinja2 with escaping for every template and the filters of the pages; what is missing prints as nothing."""
     import jinja2
 
@@ -72,14 +73,14 @@ def bundle() -> str:
     """The JavaScript of Vega, Vega-Lite and vega-embed. Making it takes seconds, so it is kept in the user's cache."""
     import vl_convert
 
-    path = user_cache() / f"vega-{vl_convert.__version__}-{charts.VEGA_LITE}.js"
+    path = user_cache() / f"vega-{vl_convert.__version__}-{charts.VEGA_LITE}.js"  # type: ignore[attr-defined]  # it has one
     try:
         text = path.read_text(encoding="utf-8")
         if "window.vegaEmbed=" in text:
             return text
     except (OSError, ValueError):
         pass  # not there yet, or not readable: made below
-    text = vl_convert.javascript_bundle(vl_version=charts.VEGA_LITE)
+    text = vl_convert.javascript_bundle(vl_version=charts.VEGA_LITE)  # type: ignore[call-arg]  # optional
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_text(path, text)
@@ -93,7 +94,7 @@ def script(text: str) -> str:
     return re.sub(r"<(?=/script|!--)", r"\\u003c", text, flags=re.IGNORECASE)
 
 
-def data(value) -> str:
+def data(value: Any) -> str:
     """JSON for a script element. All its '<' stand in strings, so they can all be written otherwise."""
     return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
 
@@ -109,7 +110,7 @@ def code() -> str:
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
-def is_current(path, content: dict) -> bool:
+def is_current(path: Path, content: dict) -> bool:
     """True when the page at `path` was made of this content by this code."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -142,54 +143,54 @@ def state(content: dict) -> dict:
     return {"planned": len(cells), "done": cells.count("done"), "others": others}
 
 
-def _or_nothing(form):
+def _or_nothing(form: Any) -> Any:
     return lambda x, *rest: form(x, *rest) if number(x) else NOTHING
 
 
-def fixed(x, digits=4) -> str:
+def fixed(x: Any, digits: int = 4) -> str:
     return f"{x:.{digits}f}" if number(x) else NOTHING
 
 
-def signed(x, digits=4) -> str:
+def signed(x: Any, digits: int = 4) -> str:
     return f"{round(x, digits) + 0.0:+.{digits}f}".replace("-", "\u2212") if number(x) else NOTHING  # +0.0: no minus zero
 
 
-def difference(d) -> str:
+def difference(d: Any) -> str:
     """'−0.0021 [−0.0061, +0.0019]', without the bracket where there is no interval."""
     return _with_interval(d, "difference", signed)
 
 
-def ratio(d) -> str:
+def ratio(d: Any) -> str:
     """'0.980× [0.970, 0.990]'."""
     return _with_interval(d, "ratio", lambda x: fixed(x, 3), "\u00d7")
 
 
-def _with_interval(d, key, form, unit="") -> str:
+def _with_interval(d: Any, key: str, form: Any, unit: str = "") -> str:
     if not d or not number(d.get(key)):
         return NOTHING
     text = form(d[key]) + unit
     return f"{text} [{form(d['low'])}, {form(d['high'])}]" if number(d.get("low")) and number(d.get("high")) else text
 
 
-def whole(x) -> str:
+def whole(x: Any) -> str:
     return f"{x:,.0f}" if number(x) else NOTHING
 
 
-def mib(x) -> str:
+def mib(x: Any) -> str:
     return f"{x / 2 ** 20:,.0f} MiB" if number(x) else NOTHING
 
 
-def moment(text) -> str:
+def moment(text: Any) -> str:
     """'2026-01-01 00:01 UTC' of '2026-01-01T00:01:00+00:00'; other texts as they are."""
     found = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d)(?::\d\d(?:\.\d+)?)?(\+00:00|Z)?", str(text or ""))
     return f"{found[1]} {found[2]}{' UTC' if found[3] else ''}" if found else str(text or NOTHING)
 
 
-def value(x) -> str:
+def value(x: Any) -> str:
     """A symbol's value as .config writes it."""
     return NOTHING if x is None else "y" if x is True else "n" if x is False else str(x)
 
 
-def kind(word) -> str:
+def kind(word: str) -> str:
     """The badge of a verdict word or of a cell's state."""
     return KINDS.get(word, "open")

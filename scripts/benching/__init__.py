@@ -8,8 +8,10 @@ of a block to the mean of the two blocks of the first beside it. Memory is one m
 import gc
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, median
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +21,9 @@ from lib.kconfig import Assignment
 from lib.loop import COMPILE_WARMUP_STEPS
 from lib.mechanisms import Mechanisms
 
+if TYPE_CHECKING:
+    from lib.config import Config
+
 # Symbols that change neither the program of a step nor its sizes.
 SAME_PROGRAM = ("LEARNING_RATE", "LEARNING_RATE_MULT", "GPT2_MIN_LR", "STREAMS")
 
@@ -27,7 +32,8 @@ class Training:
     """A model in training; a subclass says in `batch` on what. `compiled`: "whole", "blocks" (of our own model) or "no".
     `graphs`: replay forward and backward pass as a CUDA graph, from `capture` on."""
 
-    def __init__(self, cfg, device, model, optimizer, compiled: str, graphs: bool = False):
+    def __init__(self, cfg: "Config", device: torch.device, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
+                 compiled: str, graphs: bool = False):
         self.cfg, self.device, self.model, self.optimizer = cfg, device, model, optimizer
         self.mechanisms, self.graphs = Mechanisms(model), graphs and device.type == "cuda"
         self.uncapture()
@@ -35,13 +41,13 @@ class Training:
         if compiled == "whole":
             model.compile(dynamic=False)
         elif compiled == "blocks":
-            model.compile_regions()
+            model.compile_regions()  # type: ignore[operator]  # GPT's
 
-    def batch(self):
+    def batch(self) -> tuple:
         """The next inputs and targets, on the device."""
         raise NotImplementedError
 
-    def step(self):
+    def step(self) -> torch.Tensor:
         """One step of lib/loop.py on the next batch; the loss before it, detached and on the device."""
         x, y = self.batch()
         self.shape = tuple(x.shape)
@@ -56,7 +62,7 @@ class Training:
 
     def uncapture(self) -> None:
         """Go on without a graph."""
-        self.gradient = gradients.Gradient(self.cfg, self.model, self.mechanisms, self.device)
+        self.gradient: Any = gradients.Gradient(self.cfg, self.model, self.mechanisms, self.device)
 
     def capture(self) -> None:
         """After a step, go on with a graph, if there is to be one and is none. What capturing needs at most counts as a step's
@@ -95,7 +101,7 @@ class Training:
         own = storages([*self.model.parameters(), *self.model.buffers()])
         kept = {}
 
-        def keep(tensor):
+        def keep(tensor: torch.Tensor) -> Any:
             kept.update(storages([tensor]))
             return tensor
 
@@ -110,7 +116,7 @@ class Training:
         return sum(sum(found.values()) for found in (own, kept, gradients, state))
 
 
-def started(build, device) -> tuple[Training, float]:
+def started(build: Any, device: torch.device) -> tuple[Training, float]:
     """What `build` makes, warm, and the seconds from its first step until it was (most of them are the compiler's)."""
     before = allocated(device)
     training = build()
@@ -120,11 +126,11 @@ def started(build, device) -> tuple[Training, float]:
     return training, seconds
 
 
-def allocated(device) -> int:
+def allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def storages(tensors) -> dict[int, int]:
+def storages(tensors: Any) -> dict[int, int]:
     """{address: bytes} of what tensors that live at the same time lie in."""
     return {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
 
@@ -157,20 +163,20 @@ def failure(error: Exception, batch: int | None = None) -> str:
     return f"{type(error).__name__}: {lines[0][:150] if lines else 'without a word'}"
 
 
-def release(device) -> None:
+def release(device: torch.device) -> None:
     """Give back what models that are gone have held."""
     gc.collect()  # a compiled model refers to itself
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def environment(cfg, device, compiled: bool) -> dict:
+def environment(cfg: "Config", device: torch.device, compiled: bool) -> dict:
     """Where it was measured, without the list of sources."""
     found = runtime.environment(cfg, device)
     return {k: v for k, v in found.items() if k != "sources"} | {"compile": compiled}
 
 
-def narrator():
+def narrator() -> Callable[[str], None]:
     """say(what): a line on standard error with the seconds since now."""
     begun = time.monotonic()
 
@@ -180,7 +186,7 @@ def narrator():
     return say
 
 
-def shown(show, paths: list[Path]) -> str:
+def shown(show: Any, paths: list[Path]) -> str:
     """What `show` makes of each file, with a line between; UserError for the first that it can make nothing of."""
     found = []
     for path in paths:
@@ -193,7 +199,7 @@ def shown(show, paths: list[Path]) -> str:
     return "\n".join(found)
 
 
-def check_options(args, names: tuple[str, ...], out: Path | None) -> None:
+def check_options(args: Any, names: tuple[str, ...], out: Path | None) -> None:
     """Refuse counts below 1 among the options `names`, and an `out` whose folder is not there."""
     for name in names:
         given = getattr(args, name)

@@ -7,6 +7,7 @@ of that seed does, and a peer whose parameters have the names and shapes of the 
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mean
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from lib.streams import stream_seed
 from scripts import benching
 from scripts.benching.peer import Peer, take_start
 
+if TYPE_CHECKING:
+    from lib.config import Config
+
 LAST_SHARE = 10  # the last tenth of the steps is what a training loss is the mean of
 
 
@@ -38,7 +42,7 @@ class Arm:
 class Trained(benching.Training):
     """An arm in training; `batches(number)` gives the arrays (x, y) of a step, counted from 0."""
 
-    def __init__(self, arm: Arm, device, seed: int, batches: Callable, compiled: bool):
+    def __init__(self, arm: Arm, device: torch.device, seed: int, batches: Callable, compiled: bool):
         cfg, model, optimizer, self.remark = arm.make(device, seed)
         self.own = isinstance(model, GPT)
         regions = cfg.COMPILE_REGIONS and self.own
@@ -54,7 +58,7 @@ class Trained(benching.Training):
         self.batches, self.number = batches, 0
         self.uncapture()  # the start may be another program than the end
 
-    def batch(self):
+    def batch(self) -> Any:
         self.number += 1
         return to_device(self.batches(self.number - 1), self.device)
 
@@ -72,23 +76,23 @@ class Eager:
     def __init__(self, model: nn.Module):
         self.forward, self.eval = model.forward, model.eval
 
-    def __call__(self, x, y):
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> Any:
         return self.forward(x, y)
 
 
 def arms_of(study: Study, steps: list[str], peer: Peer | None) -> list[Arm]:
-    def configured(step: str, seed: int):
+    def configured(step: str, seed: int) -> "Config":
         return study.resolve(step, overrides=[*study.overrides, Assignment("SEED", str(seed), "--seeds")]).config
 
     def ours(step: str) -> Arm:
-        def make(device, seed):
+        def make(device: torch.device, seed: Any) -> Any:
             cfg = configured(step, seed)
             model = GPT(cfg).to(device).train()
             return cfg, model, optimizers.build(model, cfg), ""
         return Arm(step, make)
 
     def theirs() -> Arm:
-        def make(device, seed):
+        def make(device: torch.device, seed: Any) -> Any:
             cfg = configured(steps[0], seed)
             model, optimizer = peer.build(cfg, device, seed)
             return cfg, model, optimizer, "" if take_start(model, GPT(cfg)) else "a start of its own"
@@ -97,12 +101,12 @@ def arms_of(study: Study, steps: list[str], peer: Peer | None) -> list[Arm]:
     return [*map(ours, steps), *([theirs()] if peer else [])]
 
 
-def batches_of(corpus, vocab_size: int, seed: int, batch: int, block: int) -> Callable:
+def batches_of(corpus: Any, vocab_size: int, seed: int, batch: int, block: int) -> Callable:
     """Batches by number, int64 [batch, block] each: windows of the corpus, or without one random tokens."""
-    def windows(number: int):
+    def windows(number: int) -> Any:
         return train_batch(corpus.train, seed, number, 0, batch, block)
 
-    def random(number: int):
+    def random(number: int) -> Any:
         key = stream_seed(seed, "bench", number)
         tokens = np.random.default_rng(key).integers(vocab_size, size=(batch, block + 1))
         return np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
@@ -110,7 +114,8 @@ def batches_of(corpus, vocab_size: int, seed: int, batch: int, block: int) -> Ca
     return windows if corpus else random
 
 
-def losses_of(arm: Arm, device, seeds: list[int], batches: Callable, steps: int, compiled: bool, eval_set) -> list[dict]:
+def losses_of(arm: Arm, device: torch.device, seeds: list[int], batches: Callable, steps: int, compiled: bool,
+              eval_set: Any) -> list[dict]:
     """What an arm has learned after so many steps from its start under each of `seeds`; batches(seed) are those of a seed."""
     training, found = None, []
     for seed in seeds:

@@ -6,6 +6,7 @@ that multiplies matrices is a template, so `addmm` in the name of any other is o
 """
 
 import re
+from typing import Any
 
 import torch
 
@@ -73,7 +74,7 @@ def tally(kernels: list[tuple[str, float]], steps: int) -> dict:
             "classes": classes, "largest": [{"name": n[:120], "class": kernel_class(n), "ms": ms} for n, ms in largest]}
 
 
-def profile(device, step, steps: int) -> dict:
+def profile(device: torch.device, step: Any, steps: int) -> dict:
     """`tally` of so many calls of `step` on a GPU. What the profiler costs the host is in no kernel's time. RuntimeError if it
     saw no kernel."""
     torch.cuda.synchronize(device)
@@ -87,7 +88,7 @@ def profile(device, step, steps: int) -> dict:
     return tally(seen, steps)
 
 
-def kernels_of(events) -> list[tuple[str, float]]:
+def kernels_of(events: Any) -> list[tuple[str, float]]:
     """(name, microseconds) of what ran on the GPU; a range that was only marked there is no kernel."""
     return [(e.name, e.time_range.elapsed_us()) for e in events
             if e.device_type == torch.autograd.DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]

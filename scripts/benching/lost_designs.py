@@ -14,6 +14,8 @@ only and know no dropout, cache, coupling, skip gate or self-restart. Gates are 
 good implementation would.
 """
 
+from typing import Any
+
 import torch
 
 from gpt2.attention.unified_ra import UnifiedRAttention
@@ -22,19 +24,19 @@ from gpt2.attention.unified_ra import UnifiedRAttention
 class Ungated(UnifiedRAttention):
     """The projection without gates; `gates(like)` gives g_std and g_rec, [H or 1, 1, 1] each."""
 
-    def projection_weights(self):
+    def projection_weights(self) -> Any:
         return self.rows()
 
-    def gates(self, like):
+    def gates(self, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(gate.to(like.dtype)[:, None, None] for gate in (self.gate_std, self.gate_rec))
 
-    def halves(self, t):
+    def halves(self, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Standard and reciprocal channels of queries or keys."""
         return t.split([self.D_std, self.R], dim=-1)
 
 
 class TwoProducts(Ungated):
-    def attend(self, q, keys, values):
+    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         (q_std, q_low), (k_std, k_low) = self.halves(q), self.halves(keys)
         std, low = self.gates(q)
         scores = std.square() * (q_std @ k_std.transpose(-2, -1)) + low.square() * (q_low @ k_low.transpose(-2, -1))
@@ -44,20 +46,20 @@ class TwoProducts(Ungated):
 
 
 class Concatenation(Ungated):
-    def attend(self, q, keys, values):
+    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         gates = self.gates(q)
         q, keys = (torch.cat([gate * part for gate, part in zip(gates, self.halves(t), strict=True)], -1) for t in (q, keys))
         return super().attend(q, keys, values)
 
 
 class GatesOnActivations(Ungated):
-    def attend(self, q, keys, values):
+    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         scale = self.row_scale()[:self.n_embd].view(self.n_head, 1, self.head_dim).to(q.dtype)
         return super().attend(q * scale, keys * scale, values)
 
 
 class TwoCalls(Ungated):
-    def attend(self, q, keys, values):
+    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         std, low = self.gates(q)
         return std.square() * super().attend(q, keys, values) + low.square() * super().attend(keys, q, values)
 

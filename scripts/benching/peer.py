@@ -13,12 +13,16 @@ import hashlib
 import importlib.util
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gpt2.model import padded_vocabulary
 from lib.errors import UserError
 from lib.optimizers import ADAM_EPS
+
+if TYPE_CHECKING:
+    from lib.config import Config
 
 USAGE = "give a file with nanoGPT's interface, GPTConfig and GPT(config): make bench-train PEER=/path/model.py."
 TRIAL = {"block_size": 8, "vocab_size": 64, "n_layer": 1, "n_head": 1, "n_embd": 64}
@@ -45,7 +49,7 @@ class Peer:
         except Exception as error:
             raise UserError(f"GPT of {path} does not give (logits, loss) of (idx, targets) ({_said(error)}).", USAGE) from None
 
-    def _imported(self):
+    def _imported(self) -> Any:
         spec = importlib.util.spec_from_file_location("bench_train_peer", self.path)
         if spec is None:
             raise UserError(f"{self.path} is no Python file.", USAGE)
@@ -58,7 +62,7 @@ class Peer:
             raise UserError(f"{self.path} cannot be imported ({_said(error)}).", USAGE) from None
         return module
 
-    def _built(self, sizes: dict):
+    def _built(self, sizes: dict) -> Any:
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 return self.module.GPT(self.module.GPTConfig(**sizes))
@@ -67,7 +71,7 @@ class Peer:
         except Exception as error:
             raise UserError(f"GPT of {self.path} cannot be built ({_said(error)}).", USAGE) from None
 
-    def build(self, cfg, device, seed: int):
+    def build(self, cfg: "Config", device: torch.device, seed: int) -> Any:
         """(model, optimizer) at the sizes and with the settings of `cfg`; what is random is drawn from `seed`."""
         torch.manual_seed(seed)
         model = self._built({
@@ -76,7 +80,7 @@ class Peer:
         model = model.to(device).train()
         return model, self._optimizer(model, cfg, device)
 
-    def _optimizer(self, model, cfg, device):
+    def _optimizer(self, model: Any, cfg: "Config", device: torch.device) -> Any:
         betas = (cfg.ADAM_BETA1, cfg.ADAM_BETA2)
         if hasattr(model, "configure_optimizers"):
             try:
@@ -96,7 +100,7 @@ class Peer:
 
 
 @torch.no_grad()
-def take_start(model, from_model) -> bool:
+def take_start(model: torch.nn.Module, from_model: torch.nn.Module) -> bool:
     """Give `model` the weights of `from_model` if their parameters have the same names and shapes, as nanoGPT's and those of
     our baseline do; whether they have."""
     target, source = dict(model.named_parameters()), dict(from_model.named_parameters())

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from lib import results
 from lib.config import load
@@ -65,7 +66,7 @@ class Arena:
         (self.root / "without").mkdir()
         (self.root / "without/vl_convert.py").write_text(NO_PICTURES)
 
-    def study(self, name: str, **options) -> "Study":
+    def study(self, name: str, **options: Any) -> "Study":
         self.studies.append(Study(self, self.root / name, **options))
         return self.studies[-1]
 
@@ -82,7 +83,7 @@ class Study:
     Python looks into first, `variables` come into the environment."""
 
     def __init__(self, arena: Arena, folder: Path, out: Path | None = None, path: Path | None = None,
-                 variables: dict | None = None, **symbols):
+                 variables: dict | None = None, **symbols: Any):
         self.arena, self.folder, self.out, self.variables = arena, folder, out or folder / "out", variables or {}
         self.path = os.pathsep.join(str(p) for p in (path, arena.root / "without") if p)
         folder.mkdir(parents=True)
@@ -91,7 +92,8 @@ class Study:
         self.symbols = STUDY | own | symbols
         self.config, self.log = folder / "dot.config", folder / "make.log"
         self.config.write_text("".join(f"CONFIG_{name}={value}\n" for name, value in self.symbols.items() if value))
-        self.piped, self.reader = False, None  # whether a limit on files is not to be one on what is printed
+        self.reader: Any = None
+        self.piped = False  # whether a limit on files is not to be one on what is printed
         self.slowest = 0.0  # seconds until the last process of an ended make was gone
 
     def environment(self) -> dict:
@@ -107,10 +109,10 @@ class Study:
         with self.arena.lock, open(self.log, "wb") as log:
             if self.arena.closed:
                 raise Failed("the torture was ended")
-            options = {"cwd": self.arena.tree, "stderr": subprocess.STDOUT, "start_new_session": True}
+            options: dict[str, Any] = {"cwd": self.arena.tree, "stderr": subprocess.STDOUT, "start_new_session": True}
             if not self.piped:
                 return subprocess.Popen(words, env=self.environment(), stdin=subprocess.DEVNULL, stdout=log, **options)
-            self.reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log, **options)
+            self.reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log, **options)  # type: ignore[call-overload]
             with self.reader.stdin as pipe:
                 return subprocess.Popen(words, env=self.environment(), stdin=subprocess.DEVNULL, stdout=pipe, **options)
 
@@ -219,7 +221,7 @@ class Reference:
                                  key=lambda item: item[1]["seed"])])
         return part
 
-    def check(self, out: Path, names=None, rows: bool = True) -> None:
+    def check(self, out: Path, names: Any = None, rows: bool = True) -> None:
         """Every cell is there, done, and equal; `names` are the cells expected, if not all. Without `rows`, some may be missing
         from metrics.jsonl."""
         for name in names or self.records:

@@ -8,11 +8,16 @@ future.
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lib import results
 from scripts.torturing.arena import Arena, Failed, Reference, Study, last_lines, record_of, snapshot
 from scripts.torturing.watching import Files, send
+
+if TYPE_CHECKING:
+    import subprocess
 
 JUMP_SECONDS = 3600
 BUDGET_SECONDS = 2
@@ -39,7 +44,7 @@ datetime.datetime = datetime_
 """
 
 
-def cases(arena: Arena, reference: Reference):
+def cases(arena: Arena, reference: Reference) -> Iterator[Any]:
     """(name, function) of each case; the function returns a sentence for the table."""
     yield "back an hour between and within cells", lambda: jump(arena, reference)
     yield "back an hour within a budget of seconds", lambda: budget(arena)
@@ -118,7 +123,7 @@ def budget(arena: Arena) -> str:
     return f"{BUDGET_SECONDS} s of training took {seconds:.2f} s"
 
 
-def _wait_for_rows(study: Study, process, cells: int) -> Path:
+def _wait_for_rows(study: Study, process: "subprocess.Popen", cells: int) -> Path:
     """Sleep until the last of `cells` cells writes rows of its training; returns the folder of the first."""
     seen: list[Path] = []
     with Files(study.folder) as files:

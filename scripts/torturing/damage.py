@@ -8,9 +8,10 @@ half is ever read as good. Which bit is flipped is drawn from the seed.
 import random
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lib import results
 from scripts.torturing.arena import Arena, Failed, Reference, Study, interrupt, last_lines
@@ -133,7 +134,7 @@ class Damages:
         self.lock = threading.RLock()
         self.states: dict[str, tuple[Study, Reference] | Failed] = {}
 
-    def cases(self):
+    def cases(self) -> Iterator[Any]:
         """(name, function) of each case; the function returns a sentence for the table."""
         for number, case in enumerate(CASES):
             yield case.name, lambda number=number, case=case: self.run(number, case)
@@ -206,8 +207,8 @@ class Damages:
                 except Failed as error:
                     self.states[name] = Failed(f"it cannot even be brought about: {error}")
             if isinstance(self.states[name], Failed):
-                raise self.states[name]
-            return self.states[name]
+                raise self.states[name]  # type: ignore[misc]  # a Failed
+            return self.states[name]  # type: ignore[return-value]  # no Failed
 
     def _interrupted(self) -> tuple[Study, Reference]:
         """Stopped twice, so that there are two checkpoints where two are kept."""

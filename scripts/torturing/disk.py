@@ -12,8 +12,10 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lib import results
 from scripts.torturing import sites
@@ -106,7 +108,7 @@ class Disk:
         subprocess.run(["umount", "-l", str(self.path)], capture_output=True)
 
 
-def cases(arena: Arena, reference: Reference, mounts: str | None):
+def cases(arena: Arena, reference: Reference, mounts: str | None) -> Iterator[Any]:
     """(name, function) of each case; `mounts` says why there are none. The function returns a sentence for the table."""
     yield from sites.cases(arena, reference.first())
     if mounts:

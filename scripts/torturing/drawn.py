@@ -9,7 +9,9 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lib.paths import ROOT
 from scripts.torturing.arena import Failed, last_lines
@@ -25,10 +27,10 @@ class Drawn:
         self.processes: list[subprocess.Popen] = []
         self.lock, self.closed = threading.Lock(), False
 
-    def fuzz(self):
+    def fuzz(self) -> Iterator[Any]:
         yield f"{self.fuzz_cases} cases of what is read from outside", self._fuzz
 
-    def random(self):
+    def random(self) -> Iterator[Any]:
         yield f"{self.configurations} random configurations", self._random
 
     def close(self) -> None:

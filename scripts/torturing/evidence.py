@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from lib import atomic
 from lib.errors import UserError
@@ -31,7 +32,7 @@ class Evidence:
         self.campaign = None
         self.started, self.begun, self.lock = datetime.now(UTC), time.monotonic(), threading.RLock()
 
-    def follow(self, campaign) -> None:
+    def follow(self, campaign: Any) -> None:
         """Show the kills of a campaign from now on; it calls `keep` at each."""
         self.campaign, campaign.keep = campaign, self.keep
 

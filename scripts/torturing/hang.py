@@ -5,7 +5,8 @@ and the result equals that of an undisturbed run to the bit.
 """
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from lib import results
 from scripts.torturing.arena import Arena, Failed, Reference, Study, last_lines
@@ -15,7 +16,7 @@ from scripts.torturing.watching import Files, send
 TIMEOUT, STOP = 12, 1  # seconds without progress, in which a busy machine must have imported torch; and to stop in
 
 
-def cases(arena: Arena, reference: Reference):
+def cases(arena: Arena, reference: Reference) -> Iterator[Any]:
     """(name, function) of each case; the function returns a sentence for the table."""
     yield "a cell is stopped dead while it trains", lambda: stopped(arena, reference)
     yield "a cell hangs where it writes its weights", lambda: waiting(arena, reference)
@@ -55,7 +56,7 @@ def waiting(arena: Arena, reference: Reference) -> str:
     return _judged(study, reference, harm)
 
 
-def _study(arena: Arena, name: str, **options) -> Study:
+def _study(arena: Arena, name: str, **options: Any) -> Study:
     return arena.study(name, CELL_TIMEOUT=str(TIMEOUT), STOP_SECONDS=str(STOP), **options)
 
 

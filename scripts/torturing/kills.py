@@ -11,10 +11,15 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from scripts.torturing.arena import Arena, Failed, Reference, Study, steps
 from scripts.torturing.watching import Files, send
+
+if TYPE_CHECKING:
+    import subprocess
 
 PER_STUDY = 10  # kills, after which a study may complete
 JOBS = (1, 2)
@@ -84,7 +89,8 @@ def matches(name: str, wanted: str) -> bool:
 class Tormentor:
     """Kills one study, again and again. `cell_seconds` is about how long a cell lives; `say` shows progress."""
 
-    def __init__(self, study: Study, reference: Reference, jobs: int, kills: int, draw: random.Random, tally: Tally, say):
+    def __init__(self, study: Study, reference: Reference, jobs: int, kills: int, draw: random.Random, tally: Tally,
+                 say: Callable[[str], None]):
         self.study, self.reference, self.jobs, self.left, self.draw = study, reference, jobs, kills, draw
         self.tally, self.say = tally, say
         self.cell_seconds = max(1.0, reference.seconds / len(reference.records))
@@ -107,7 +113,7 @@ class Tormentor:
         self.study.check_end(self.reference)
         self.tally.study(self.study.slowest)
 
-    def _kill_some(self, process) -> int:
+    def _kill_some(self, process: "subprocess.Popen") -> int:
         """Kill during one make, once or (a cell is killed, and make goes on) several times; returns how often."""
         killed = 0
         with Files(self.study.folder) as files:
@@ -122,7 +128,7 @@ class Tormentor:
                 time.sleep(0.1)
         return killed
 
-    def _wait_for_the_moment(self, files: Files, process) -> str | None:
+    def _wait_for_the_moment(self, files: Files, process: "subprocess.Popen") -> str | None:
         """Sleep until the next kill is due; what it was, or None if make ended before."""
         wanted = self.draw.sample(WRITES, AWAITED) if self.draw.random() < SHARE_AT_WRITES else []
         after = self.draw.uniform(0.05, 0.7 * self.cell_seconds)
@@ -141,7 +147,7 @@ class Tormentor:
                 self.study.processes()
         return f"{time.monotonic() - begun:.1f} s later"
 
-    def _kill(self, process, moment: str) -> bool:
+    def _kill(self, process: "subprocess.Popen", moment: str) -> bool:
         sent = self.draw.choice(SIGNALS)
         found = self.study.processes()
         there = {"make": [process.pid] if process.poll() is None else []}
@@ -168,13 +174,15 @@ class Campaign:
     until there were `kills` kills. `run` is called by as many threads as there are `streams`, each of which tortures one study
     at a time."""
 
-    def __init__(self, arena: Arena, reference: Reference, kills: int, seed: int, say, only: int | None = None,
+    def __init__(self, arena: Arena, reference: Reference, kills: int, seed: int, say: Callable[[str], None],
+                 only: int | None = None,
                  per_study: int | None = None):
         self.arena, self.reference, self.kills, self.seed, self.only = arena, reference, kills, seed, only
         self.per_study = per_study or max(1, min(PER_STUDY, math.ceil(kills / len(JOBS))))
         self.streams = 1 if only is not None else min(STREAMS, math.ceil(kills / self.per_study))
         self.tally, self.failures, self.number, self.promised = Tally(), [], only or 0, 0
-        self.begun, self.ended = time.monotonic(), None
+        self.begun = time.monotonic()
+        self.ended: float | None = None
         self.lock, self.running = threading.Lock(), 0
         self.said, self.keep = say, lambda: None
 

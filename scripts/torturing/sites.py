@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Self
 
 from lib import generations, results
 from scripts.torturing.arena import Arena, Failed, Reference, Study, last_lines, steps, temporaries
@@ -72,7 +73,7 @@ elif sys.argv[0].endswith("squeue"):
 """
 
 
-def cases(arena: Arena, reference: Reference):
+def cases(arena: Arena, reference: Reference) -> Iterator[Any]:
     """(name, function) of each case; the function returns a sentence for the table."""
     own = {"full at each file of a study": of_a_study, "full while a stale cell is archived": archived,
            "full while a micro-batch is kept": micro_batch, "full at each file of the report": of_a_report,
@@ -88,16 +89,16 @@ def cases(arena: Arena, reference: Reference):
 class Trapped:
     """A study with a trap, and what it is tried with."""
 
-    def __init__(self, arena: Arena, name: str, **options):
+    def __init__(self, arena: Arena, name: str, **options: Any):
         self.trap = Trap(arena.root / f"{name}-trap")
         self.study: Study = arena.study(name, path=self.trap.path, **options)
         self.study.piped = True
         self.met = 0
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         self.study.kill_all()
 
     def strike(self, file: str, call: Callable, event: str = "open", reference: Reference | None = None,
@@ -229,13 +230,13 @@ def of_a_report(arena: Arena, reference: Reference) -> str:
         (tried.trap.path / "vl_convert.py").write_text(PICTURES)
         shutil.copytree(reference.study.out, study.out)
 
-        def report():
+        def report() -> Any:
             return study.make("report")
 
-        def index():
+        def index() -> Any:
             return study.tool("scripts.browse", "--no-serve", str(study.out))
 
-        def fisher():
+        def fisher() -> Any:
             return study.make("fim")
 
         tried.undisturbed(report)

@@ -12,6 +12,7 @@ import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 MARK = "KABLATE_TORTURE"
 CREATED, MOVED_HERE, MODIFIED, IS_FOLDER = 0x100, 0x80, 0x2, 0x40000000
@@ -114,10 +115,10 @@ class Files:
         self._watch(root)
         self.waiting.clear()  # what is there already did not happen now
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         os.close(self.handle)
 
     def _watch(self, folder: Path) -> None:
