@@ -136,7 +136,7 @@ class SkipController(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.next_look = 0 if self.looked.is_meta else self.looked.item() + 1  # type: ignore[assignment]  # whole
+        self.next_look = 0 if self.looked.is_meta else self.looked.item() + 1
 
 
 def training_flops(cfg: "Config", off: frozenset[str] | set[str] = frozenset()) -> int:

@@ -234,7 +234,7 @@ def _members(path: Path) -> Iterator[Any]:
     try:
         with open(path, "rb") as raw, gzip.GzipFile(fileobj=raw) as packed:
             stream = _Forward(packed)
-            with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8") as tar:  # type: ignore[call-overload]
+            with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8") as tar:  # type: ignore[call-overload]  # read() only
                 for member in tar:
                     if wrong := _wrong(member, seen):
                         raise UserError(f"{shown(path)} holds {ascii(member.name)[:120]}, {wrong}.", FOREIGN)

@@ -247,7 +247,8 @@ def train(cfg: "Config", model: torch.nn.Module, optimizer: torch.optim.Optimize
         for micro in range(parts):
             batch = train_batch(corpus.train, seed, progress.iteration, group.rank * parts + micro, micro_batch,
                                 cfg.GPT2_BLOCK_SIZE, draw_size(cfg))
-            step_loss += gradient(*to_device(batch, device), micro).double() / parts  # type: ignore[call-arg, arg-type]
+            x, y = to_device(batch, device)
+            step_loss += gradient(x, y, micro).double() / parts
             process.show_life()
         group.mean(step_loss)
         norm = gradients.clip(model, optimizer, cfg.GRAD_CLIP)

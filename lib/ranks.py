@@ -17,8 +17,6 @@ import warnings
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from lib.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,11 +67,11 @@ class Alone:
         """The first rank's progress, and of each flag whether any rank raises it."""
         return progress, *flags
 
-    def mean(self, value: Tensor) -> Any:
+    def mean(self, value: "torch.Tensor") -> "torch.Tensor":
         """Mean of a tensor over the ranks, in place."""
         return value
 
-    def total(self, value: Tensor) -> Any:
+    def total(self, value: "torch.Tensor") -> "torch.Tensor":
         """Sum of a tensor over the ranks, in place."""
         return value
 
@@ -128,10 +126,10 @@ class Group(Alone):
         progress, *raised = message.tolist()
         return progress, *(value > 0 for value in raised)
 
-    def mean(self, value: Tensor) -> Any:
+    def mean(self, value: "torch.Tensor") -> "torch.Tensor":
         return self.total(value).div_(self.size)
 
-    def total(self, value: Tensor) -> Any:
+    def total(self, value: "torch.Tensor") -> "torch.Tensor":
         self.distributed.all_reduce(value)
         return value
 

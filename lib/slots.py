@@ -132,7 +132,8 @@ def held(config: str, folder: Path, title: str, ended: Callable[[], bool]) -> It
     symbol = {match[1]: match[2].strip('"') for match in map(SET.fullmatch, config.splitlines()) if match}
     per_gpu, per_step = (int(symbol.get(name, default)) for name, default in (("CELLS_PER_GPU", "1"), ("GPUS_PER_STEP", "0")))
     alone = {name: symbol.get(name) == "y" for name in ("EVALUATE_ONLY", "KVSPLICE")}
-    if ranks.one_process(SimpleNamespace(**alone, INIT_FROM_STEP=symbol.get("INIT_FROM_STEP"))):  # type: ignore[arg-type]
+    asked = SimpleNamespace(**alone, INIT_FROM_STEP=symbol.get("INIT_FROM_STEP"))
+    if ranks.one_process(asked):  # type: ignore[arg-type]  # as much of a configuration as is asked for
         per_step = 1  # it would leave the others idle
     there = [] if symbol.get("DEVICE") == "cpu" else gpus()
     needed = devices_of_cell(jobs_of_make(), len(there), per_step, per_gpu)

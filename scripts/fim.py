@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,8 @@ def is_number(value: Any) -> bool:
 def write(path: Path, value: dict | str) -> None:
     """JSON, or text as it is."""
     try:
-        (atomic.write_text if isinstance(value, str) else atomic.write_json)(path, value)  # type: ignore[arg-type]
+        write: Callable[[Path, Any], None] = atomic.write_text if isinstance(value, str) else atomic.write_json
+        write(path, value)
     except OSError as error:
         raise UserError(f"{shown(path)} cannot be written: {error.strerror or error}.",
                         "make it writable, or copy the folder and give the copy with make fim OUT=folder.") from None

@@ -13,7 +13,8 @@ from tests.harness import run_here
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+PAGES = {path: path.read_text() for path in [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+                                             *sorted((ROOT / "docs").glob("*.md"))]}
 COMMANDS = sorted({line for page in PAGES.values() for block in re.findall(r"```sh\n(.*?)```", page, re.S)
                    for line in block.splitlines()})
 

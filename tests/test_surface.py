@@ -42,6 +42,12 @@ setup test torture lint claims bench-check bench-overhead bench-stats bench-step
 bench-ranks compile-matrix frontier sample doctor randconfig clean mrproper help
 """))
 
+TOP = set(words("""
+Makefile Kconfig defconfigs gpt2 lib scripts test_matrix_results tests docs pyproject.toml requirements.txt constraints.txt
+README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff LICENSE Dockerfile
+.ci .gitignore .dockerignore .editorconfig .pre-commit-config.yaml
+"""))
+
 STATES = {"planned", "running", "interrupted", "stale", "done", "diverged", "failed"}
 
 KEYS = words("""
@@ -91,6 +97,13 @@ TOKENIZER TRACKER TRAINER VOCAB_SIZE WARNINGS
 
 
 # Pinned sets
+
+def test_the_top_level_is_the_pinned_one():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    assert {path.split("/")[0] for path in listed.splitlines()} == TOP
+
 
 def test_the_symbols_are_the_pinned_ones():
     assert SCHEMA.identity == IDENTITY

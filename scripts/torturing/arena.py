@@ -112,7 +112,7 @@ class Study:
             options: dict[str, Any] = {"cwd": self.arena.tree, "stderr": subprocess.STDOUT, "start_new_session": True}
             if not self.piped:
                 return subprocess.Popen(words, env=self.environment(), stdin=subprocess.DEVNULL, stdout=log, **options)
-            self.reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log, **options)  # type: ignore[call-overload]
+            self.reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log, **options)
             with self.reader.stdin as pipe:
                 return subprocess.Popen(words, env=self.environment(), stdin=subprocess.DEVNULL, stdout=pipe, **options)
 
