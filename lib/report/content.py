@@ -293,7 +293,7 @@ def _side_by_side(plan: "Plan") -> str | None:
             "trained there depended on the neighbour (CELLS_PER_GPU=1 or JOBS=1 gives each its own)")
 
 
-def _never_on_one_gpu(plan, reference: str) -> list[str]:
+def _never_on_one_gpu(plan: "Plan", reference: str) -> list[str]:
     """Arms whose speed, beside the reference's, may be that of their GPU: two of one model differ by some per cent."""
     devices: dict[str, set] = {}
     for cell, status in plan.found(plan.common):
