@@ -44,7 +44,7 @@ export KABLATE_JOBS := $(call on_command_line,JOBS)
 export KABLATE_LOOK := $(call on_command_line,LOOK)
 override TUNING := $(call on_command_line,TUNE)
 # As text (lib/literal.mk): a '$' or a '#' in one of them is none of make's.
-$(foreach v,RETRY NAME STUDY ALL FULL A B FILE PEER PORT FROM PROMPT TOKENS KCONFIG_SEED KILLS SEED WHAT,\
+$(foreach v,RETRY NAME STUDY ALL FULL A B FILE PEER PORT FROM PROMPT TOKENS KCONFIG_SEED KILLS SEED WHAT STEP,\
   $(eval override export $(v) := $$(call on_command_line,$(v))))
 include lib/literal.mk
 
@@ -89,7 +89,8 @@ endif
 
 # Programs of their own, scripts/NAME.py: a goal is a name here and a line that says what it does. Steps that stand beside one
 # of the first group are its arguments.
-override STEP_TOOLS := plan estimate report check bench-steps bench-train bench-attention bench-decode bench-ranks compile-matrix
+override STEP_TOOLS := plan estimate report check show bench-steps bench-train bench-attention bench-decode bench-ranks \
+  compile-matrix
 override TOOLS := fim frontier browse data randconfig diffconfig torture claims
 .PHONY: $(STEP_TOOLS) $(TOOLS)
 $(STEP_TOOLS) $(TOOLS): $(SETUP)
@@ -104,6 +105,7 @@ plan: ## list the study's cells, their state, and why each would run
 estimate: ## say what the study takes on 1, 4 and 8 GPUs, and the seeds its margin needs (ALL=1 tries every step)
 report: ## print the report of what is on disk and write it as md, csv, json, html and png
 check: ## prove every architecture of the study on the CPU (STUDY=name, ALL=1 every step, FULL=1 real depth)
+show: ## say what a step is: formula, symbols, parameters, cache (make show V3, or STEP=V3@RA_R=8)
 data: ## prepare the configured data set, or check the one that is there
 
 .PHONY: slurm slurm-status slurm-cancel

@@ -30,6 +30,7 @@ from lib.config import Config, Resolved
 from lib.errors import UserError, one_line
 from lib.paths import ROOT, shown, user_cache
 from lib.tables import count, duration
+from lib.terminal import redraws
 
 POLL_SECONDS = 0.2
 LOCK_SECONDS = 2.0  # a plan that looks whether a cell runs holds its lock for an instant
@@ -244,7 +245,7 @@ class Display:
 
     def __init__(self, folder: Path, title: str, position: str):
         parallel = re.search(r"(^| )(-j|--jobserver)", os.environ.get("MAKEFLAGS", ""))
-        self.live = sys.stdout.isatty() and not parallel
+        self.live = redraws(sys.stdout) and not parallel
         self.path, self.title, self.shown_at = folder / "metrics.jsonl", title, time.monotonic()
         number, _, total = position.partition("/")
         self.cells_after = int(total) - int(number)

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 # What makes no number, files and packages. A module that is not listed counts; when in doubt, list nothing.
 MAKES_NO_NUMBER = (
     # Reads results afterwards.
-    "lib/anytime.py", "lib/arms.py", "lib/bundle.py", "lib/claims.py", "lib/classes.py", "lib/design.py",
-    "lib/estimate.py", "lib/gates.py", "lib/looks.py", "lib/report", "lib/simulation.py", "lib/stats.py", "lib/verdicts.py",
+    "lib/anytime.py", "lib/arms.py", "lib/bundle.py", "lib/claims.py", "lib/classes.py", "lib/design.py", "lib/estimate.py",
+    "lib/formulas.py", "lib/gates.py", "lib/looks.py", "lib/report", "lib/simulation.py", "lib/stats.py", "lib/verdicts.py",
     # Plans and launches: what came of it is in the cell's configuration.
     "lib/archiving.py", "lib/batch_size.py", "lib/cells.py", "lib/cluster.py", "lib/cluster_job.py", "lib/launch.py",
-    "lib/makefile.py", "lib/own_process.py", "lib/plan.py", "lib/tables.py", "lib/tuning.py",
+    "lib/makefile.py", "lib/own_process.py", "lib/plan.py", "lib/tables.py", "lib/terminal.py", "lib/tuning.py",
     # Judges mechanisms without training; makes data sets, which are recorded by their own hashes.
     "gpt2/laws.py", "gpt2/function_class.py", "gpt2/fisher.py", "lib/data/prepare.py", "lib/data/shards.py",
     # Writes text with a trained model, and measures it.

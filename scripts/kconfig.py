@@ -19,6 +19,7 @@ from lib.config import Study, defconfig_names
 from lib.errors import UserError, reported
 from lib.kconfig import SET, UNSET, Schema, full_text, read_layer, read_whole
 from lib.paths import ROOT, shown
+from lib.terminal import coloured, redraws
 
 
 def config_path() -> Path:
@@ -112,9 +113,7 @@ def tool(name: str) -> None:
     if config_path().exists():
         read_whole(config_path())  # kconfiglib would complete what was cut short with defaults
     if name in ("menuconfig", "nconfig"):
-        import menuconfig
-
-        menuconfig.menuconfig(kconf)
+        menu(kconf)
     elif name == "oldconfig":
         kconf.load_config()
         name_dropped(schema)
@@ -129,6 +128,24 @@ def tool(name: str) -> None:
         for symbol in kconf.unique_defined_syms:
             if symbol.visibility and symbol.user_value is None and (not symbol.choice or symbol.choice.user_selection is None):
                 print(f"{symbol.name}={symbol.str_value}")
+
+
+def menu(kconf) -> None:
+    """kconfiglib's menu, which needs a terminal that can be drawn on; without colours under NO_COLOR."""
+    by_hand = f"edit {shown(config_path())} by hand and make olddefconfig."
+    if not (sys.stdin.isatty() and redraws(sys.stdout)):
+        raise UserError("the menu needs a terminal, and this is a pipe, a file, or TERM=dumb.", by_hand)
+    import curses
+
+    import menuconfig
+
+    if not coloured(sys.stdout):
+        os.environ["MENUCONFIG_STYLE"] = "monochrome"
+    try:
+        menuconfig.menuconfig(kconf)
+    except curses.error as error:
+        raise UserError(f"the menu cannot be drawn on a terminal of TERM={os.environ.get('TERM', '')}: {error}.",
+                        f"give TERM=xterm, or {by_hand}") from None
 
 
 def name_dropped(schema: Schema) -> None:

@@ -1,22 +1,30 @@
 """List what there is: goals of the Makefile, studies and fragments, or steps. Needs nothing but Python,
-and kconfiglib for the steps' function classes."""
+and kconfiglib for the steps' function classes. With --plain names alone, one a line, which the shell's completion reads
+(scripts/completion.bash)."""
 
 import argparse
 import contextlib
 import re
+import sys
 from pathlib import Path
 
 from lib.errors import UserError, reported
 from lib.paths import ROOT
 from lib.steps import step_files, step_header
+from lib.terminal import emphasised
+
+BUDGETS = ("GPT2_MAX_TIME", "GPT2_MAX_ITERS", "GPT2_MAX_TOKENS")  # also of the environment; what lib/kconfig.py calls BUDGET
+
+
+GOAL = re.compile(r"([A-Za-z%-]+):.*?## (.*)")
 
 
 def goals() -> None:
     """Groups and goals from the `##@ group` and `goal: ## text` comments of the Makefile."""
     for line in (ROOT / "Makefile").read_text().splitlines():
         if line.startswith("##@"):
-            print(f"\n{line[3:].strip()}")
-        elif match := re.match(r"([A-Za-z%-]+):.*?## (.*)", line):
+            print(f"\n{emphasised(line[3:].strip(), sys.stdout)}")
+        elif match := GOAL.match(line):
             name, text = match.groups()
             print(f"  {name.replace('%', 'NAME'):17} {text}")
     print("""
@@ -36,7 +44,7 @@ def defconfigs() -> None:
                            ("Fragments (make defconfig-NAME+FRAGMENT)", "fragments/*")):
         files = [p for p in sorted((ROOT / "defconfigs").glob(pattern)) if p.is_file()]
         if files:
-            print(f"{title}")
+            print(emphasised(title, sys.stdout))
             for path in files:
                 print(f"  {path.name:34} {first_comment(path)}")
 
@@ -69,10 +77,33 @@ def classes_of_steps() -> dict[str, str]:
     return {step: str(known) for step, known in function_classes(configurations).items()}
 
 
+def plain_names(what: str) -> list[str]:
+    """Names of one kind: of goals those that are whole, and of variables those that the Makefile and budgets take."""
+    makefile, folder = (ROOT / "Makefile").read_text(), ROOT / "defconfigs"
+    if what == "goals":
+        return [match[1] for line in makefile.splitlines() if (match := GOAL.match(line)) and "%" not in match[1]]
+    if what == "variables":
+        listed = re.search(r"^\$\(foreach v,([A-Z0-9_ ]+),", makefile, re.M)[1].split()
+        return sorted({*listed, *re.findall(r"\(call on_command_line,([A-Z_]+)\)", makefile), *BUDGETS, "PYTHON", "V"})
+    if what == "steps":
+        return list(step_files())
+    places = [folder / "fragments"] if what == "fragments" else [folder, folder / "old"]
+    return [path.name for place in places if place.is_dir() for path in sorted(place.iterdir()) if path.is_file()]
+
+
 def main() -> None:
+    tables = {"goals": goals, "defconfigs": defconfigs, "steps": steps}
     parser = argparse.ArgumentParser(prog="python -m scripts.listing", description=__doc__)
-    parser.add_argument("what", choices=["goals", "defconfigs", "steps"])
-    {"goals": goals, "defconfigs": defconfigs, "steps": steps}[parser.parse_args().what]()
+    parser.add_argument("what", nargs="+", choices=[*tables, "fragments", "variables"])
+    parser.add_argument("--plain", action="store_true", help="names alone, one a line")
+    args = parser.parse_args()
+    for what in args.what:
+        if args.plain:
+            print(*plain_names(what), sep="\n")
+        elif what in tables:
+            tables[what]()
+        else:
+            parser.error(f"{what} are listed with --plain only")
 
 
 if __name__ == "__main__":

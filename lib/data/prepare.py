@@ -23,6 +23,7 @@ from lib.data.files import listed, repo_path
 from lib.data.shards import verify_shards, write_corpus
 from lib.errors import UserError
 from lib.paths import shown
+from lib.terminal import redraws
 
 if TYPE_CHECKING:
     import tiktoken
@@ -250,7 +251,7 @@ def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
 @contextmanager
 def _display(name: str, total: int) -> Iterator[Any]:
     """Yield `progress(train_tokens, documents)`: a bar on a terminal, a line every ten seconds anywhere else."""
-    if sys.stderr.isatty():
+    if redraws(sys.stderr):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

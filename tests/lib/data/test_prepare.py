@@ -262,12 +262,14 @@ def test_only_public_data_sets_are_prepared(config):
     refusal(config(DATASET="pystdlib"))
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_progress_is_shown(config, tmp_path, encoding, monkeypatch, terminal):
+@pytest.mark.parametrize("terminal, term", [(False, "xterm"), (True, "xterm"), (True, "dumb")])
+def test_progress_is_shown(config, tmp_path, encoding, monkeypatch, terminal, term):
     class Screen(io.StringIO):
         def isatty(self):
-            return terminal
+            return terminal or term == "dumb"  # a dumb terminal is one, and gets lines
 
+    terminal = terminal and term != "dumb"
+    monkeypatch.setenv("TERM", term)
     clock = iter(np.arange(0, 10**4, 6.0).tolist())
     if not terminal:
         monkeypatch.setattr(prepare.time, "monotonic", lambda: next(clock))
