@@ -11,10 +11,9 @@ from tests.harness import ROOT, copy_tree, run
 from tests.terminal import Terminal
 
 SHELLS = {"bash": ["bash", "--norc", "--noprofile", "-i"], "zsh": ["zsh", "-f", "-i"]}
-TYPED = {"make mrp": "make mrproper", "make STEP=RAMLAKV0": "make STEP=RAMLAKV0", "make MLAK": "make MLAKV",
-         "make STUDY=gpt2-kvs": "make STUDY=gpt2-kvsplice-ablation", "make defc": "make defconfig-",
+TYPED = {"make mrp": "make mrproper", "make STEP=MLAK": "make STEP=MLAKV", "make defc": "make defconfig-",
          "make defconfig-gpt2-controls+ti": "make defconfig-gpt2-controls+tiny", "make KCONFIG_": "make KCONFIG_SEED=",
-         "make show V1T": "make show V1T", "make FILE=pyproj": "make FILE=pyproject.toml"}
+         "make FILE=pyproj": "make FILE=pyproject.toml"}
 
 
 @pytest.mark.parametrize("shell", SHELLS)

@@ -18,7 +18,7 @@ SCHEMA = Schema()
 @pytest.fixture
 def show(capsys):
     def call(step, study="gpt2-ra-ablation"):
-        scripts.show.show(Study(study, schema=SCHEMA), step)
+        scripts.show.show(Study(study, schema=SCHEMA), step)  # in this process, which imports torch once
         return capsys.readouterr().out
     return call
 
@@ -55,7 +55,7 @@ def test_a_step_is_shown_with_all_that_is_known_of_it(show):
     ("M4", ["factor = sigmoid(logit) / sigmoid(2)"], ["w_eff"]),
     ("MLAKV0", ["c = W_c x", "(gpt2/attention/learned_kvsplice.py)", "inside V0: MLAKV0 is a restriction of V0"], []),
     ("C1", ["compress      c = (s(v - mean) - centre) B", "(gpt2/attention/pruning.py)", 'trained model of this step'], []),
-    ("L4", ["logits_ij = w_std S_ij"], ["MLP of GPT-2", "x mlp |   "]),
+    ("L4", ["logits_ij = w_std S_ij"], ["MLP of GPT-2"]),
 ])
 def test_formulas_are_those_of_the_mechanisms_in_use(show, step, present, absent):
     text = show(step)
