@@ -37,6 +37,8 @@ MAKES_NO_NUMBER = (
     "gpt2/laws.py", "gpt2/function_class.py", "gpt2/fisher.py", "lib/data/prepare.py", "lib/data/shards.py",
     # Writes text with a trained model, and measures it.
     "gpt2/sample.py", "gpt2/decode_costs.py",
+    # Asks a trained model what downstream tasks ask.
+    "gpt2/scoring.py", "gpt2/lm_eval_model.py", "lib/lm_eval_tasks.py",
 )
 # The same for modules that a cell does import: where fragments lie, how errors and failures are worded, who shares a device,
 # who starts ranks.

@@ -16,7 +16,7 @@ import numpy as np
 from lib import anytime, design, stats
 from lib.arms import Group, compare, group, reference, refuse_copies
 from lib.classes import FunctionClass, function_classes
-from lib.report import caches, compression
+from lib.report import caches, compression, downstream
 from lib.tables import plural
 from lib.verdicts import Comparison
 
@@ -37,7 +37,7 @@ def content(plan: "Plan") -> dict:
     order = list(dict.fromkeys([*plan.seeds, *(cell.seed for cell in plan.more)]))
     curves = {cell.name: _evaluations(plan.out / cell.name) for cell in {c.name: c for c in [*plan.cells, *plan.more]}.values()
               if plan.status[cell.name].state == "done"}
-    steps, compared, compressed = [], {}, {}
+    steps, compared, compressed, evaluated = [], {}, {}, []
     for cells, tuned in ((plan.common, None), (plan.tuned_cells, plan.tuned)):
         if not cells:
             continue
@@ -46,6 +46,7 @@ def content(plan: "Plan") -> dict:
         classes = function_classes({one.step: one.cells[0][0].resolved.config for one in groups})
         compared |= comparisons
         compressed |= {one.name: [status.record for _, status in one.cells if status.state == "done"] for one in groups}
+        evaluated += [_evaluated(plan, groups, one, comparisons.get(one.name)) for one in groups]
         steps += [_step(plan, groups, one, comparisons.get(one.name), later, test, curves, classes[one.step])
                   for one in groups]
     records = [s.record for c, s in plan.found(plan.common) if s.state == "done"]
@@ -61,12 +62,21 @@ def content(plan: "Plan") -> dict:
                  "max_seeds": len(last["plan"]["seeds"]) if test == "anytime" else None,
                  "sentence": design.sentence(last["plan"]), "on_record": history == plan.recorded},
         "complete": all(cell["state"] in ("done", "diverged") for step in steps for cell in step["cells"]),
-        "steps": steps, "sweep": sweep, "compression": compression.rows(compressed, test), "noise": _noise(base, steps),
+        "steps": steps, "sweep": sweep, "compression": compression.rows(compressed, test),
+        "downstream": downstream.rows(evaluated), "noise": _noise(base, steps),
         "environment": _environment(records), "data": records[0]["data"] if records else None,
         "outside_budget": _outside_budget(records),
         "notes": _notes(plan, history, steps, compared, sweep or []),
         "control_failures": [f for s in steps if (f := control_failure(s["name"], s["control"], compared.get(s["name"])))],
     }
+
+
+def _evaluated(plan: "Plan", groups: list[Group], one: Group, comparison: Comparison | None) -> dict:
+    """An arm as lib/report/downstream.py takes it."""
+    done = [(cell, status.record) for cell, status in one.cells if status.state == "done"]
+    return {"name": one.name, "baseline": reference(plan.study, groups, one).name,
+            "invalid": comparison is not None and comparison.word == "INVALID",
+            "seeds": {cell.seed: downstream.kept(plan.out / cell.name, record) for cell, record in done}}
 
 
 def _step(plan: "Plan", groups: list[Group], one: Group, comparison: Comparison | None, later: list[int], test: str,

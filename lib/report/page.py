@@ -14,7 +14,7 @@ from typing import Any
 
 from lib import atomic
 from lib.paths import user_cache
-from lib.report import caches, charts, compression, curves
+from lib.report import caches, charts, compression, curves, downstream
 from lib.report.curves import number
 from lib.tables import count, duration
 
@@ -65,7 +65,8 @@ def environment() -> Any:
                               lstrip_blocks=True, undefined=jinja2.ChainableUndefined)
     made.filters.update(signed=signed, difference=difference, ratio=ratio, fixed=fixed, whole=whole, count=_or_nothing(count),
                         duration=_or_nothing(duration), mib=mib, moment=moment, value=value, kind=kind)
-    made.globals.update(COLOURS=COLOURS, sweep_multiples=sweep_multiples, compression=compression, caches=caches)
+    made.globals.update(COLOURS=COLOURS, sweep_multiples=sweep_multiples, compression=compression, caches=caches,
+                        downstream=downstream)
     return made
 
 
@@ -106,7 +107,7 @@ def digest(content: dict) -> str:
 
 def code() -> str:
     """sha256 of what makes a page of a content."""
-    files = (__file__, caches.__file__, charts.__file__, compression.__file__, curves.__file__, TEMPLATE)
+    files = (__file__, caches.__file__, charts.__file__, compression.__file__, curves.__file__, downstream.__file__, TEMPLATE)
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 

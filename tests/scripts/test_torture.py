@@ -482,6 +482,7 @@ WRITERS = {
     "lib/launch.py", "lib/loop.py", "lib/makefile.py", "lib/report/files.py", "lib/results.py", "lib/tracking.py",
     "gpt2/kvsplice.py", "gpt2/splicing.py", "gpt2/train_ra_mla.py", "scripts/browse.py", "scripts/fim.py", "scripts/kconfig.py",
     "scripts/report.py",
+    "scripts/lm_eval.py",  # scores of finished cells, which are computed again
     "lib/report/page.py",  # a cache, which does without
     "scripts/claims.py",  # a page of the sources themselves
     "scripts/bench_attention.py", "scripts/bench_decode.py", "scripts/bench_ranks.py", "scripts/bench_steps.py",
