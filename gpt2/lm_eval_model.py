@@ -8,6 +8,7 @@ the mark between documents. Generation decodes with the cache, greedily unless t
 
 import contextlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.api.model import TemplateLM
@@ -17,6 +18,9 @@ from tqdm import tqdm
 
 from gpt2.scoring import ROWS, log_likelihoods
 
+if TYPE_CHECKING:
+    from gpt2.model import GPT
+
 SEED = 1234  # of the draws of tasks that sample
 
 
@@ -24,7 +28,7 @@ class CellLM(TemplateLM):
     """`model` in evaluation mode on its device, `tokenizer` of gpt2/sample.py, `autocast()` the context of forward passes,
     `rows` continuations side by side."""
 
-    def __init__(self, model, tokenizer, autocast: Callable = contextlib.nullcontext, rows: int = ROWS):
+    def __init__(self, model: "GPT", tokenizer: Any, autocast: Callable = contextlib.nullcontext, rows: int = ROWS) -> None:
         super().__init__()
         self.model, self.tokens, self.autocast, self.rows = model, tokenizer, autocast, rows
         self._device = model.transformer.wte.weight.device
@@ -41,16 +45,17 @@ class CellLM(TemplateLM):
     def tokenizer_name(self) -> str:
         return type(self.tokens).__name__
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         return self.tokens.ids(string)
 
     def tok_decode(self, ids: list[int]) -> str:
         return b"".join(map(self.tokens.piece, ids)).decode("utf-8", "replace")
 
-    def loglikelihood(self, requests, disable_tqdm: bool | None = None) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list, disable_tqdm: bool | None = None) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm)  # None: bars on a terminal only
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool | None = None, **kwargs) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool | None = None,
+                              **kwargs: Any) -> list[tuple[float, bool]]:
         # a context of spaces alone has given them to the continuation
         pairs = [(context or [self.prefix_token_id], continuation) for _, context, continuation in requests]
         with tqdm(total=len(pairs), desc="Scoring", disable=disable_tqdm) as bar:
@@ -60,7 +65,7 @@ class CellLM(TemplateLM):
                 self.cache_hook.add_partial("loglikelihood", asked, answer)
         return found
 
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool | None = None) -> list[float]:
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool | None = None) -> list[float]:
         windows, owner = [], []
         for number, request in enumerate(requests):
             for window in get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1):
@@ -74,7 +79,7 @@ class CellLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, score)
         return found
 
-    def generate_until(self, requests, disable_tqdm: bool | None = None) -> list[str]:
+    def generate_until(self, requests: list, disable_tqdm: bool | None = None) -> list[str]:
         """Contexts of one length and the same options are continued together. A context is cut to leave room for what may be
         written, or, where that takes all of the model's, to half of it."""
         alike: dict[tuple, list[int]] = {}

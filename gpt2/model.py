@@ -10,7 +10,7 @@ no output at position t depends on a token after t; decoding with a cache equals
 
 import copy
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,7 +129,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-               generator: torch.Generator | None = None) -> Iterator[torch.Tensor]:
+               generator: torch.Generator | None = None) -> Generator[torch.Tensor, None, None]:
         """Yield `max_new_tokens` sampled tokens [B, 1] that continue idx [B, T], each once it is known (temperature 0: the
         likeliest; `top_k` beyond the vocabulary is all of it).
 

@@ -17,11 +17,15 @@ the cache is in a score, as none is in the validation loss.
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from gpt2.kv_cache import KVCache
 from lib.errors import UserError
+
+if TYPE_CHECKING:
+    from gpt2.model import GPT
 
 ROWS = 32  # continuations side by side
 POSITIONS = 4096  # of them, padding included: their logits are the largest tensor, 0.8 GB of GPT-2's vocabulary
@@ -30,7 +34,7 @@ Pair = tuple[Sequence[int], Sequence[int]]
 
 
 @torch.no_grad()
-def log_likelihoods(model, pairs: Sequence[Pair], rows: int = ROWS, autocast: Callable = contextlib.nullcontext,
+def log_likelihoods(model: "GPT", pairs: Sequence[Pair], rows: int = ROWS, autocast: Callable = contextlib.nullcontext,
                     done: Callable[[int], object] = lambda count: None) -> list[tuple[float, bool]]:
     """(log-likelihood in nats, is greedy) of each continuation after its context, in the order of `pairs`.
 
@@ -77,7 +81,7 @@ def _batches(block: int, pairs: Sequence[Pair], rows: int) -> Iterator[list[tupl
         yield batch
 
 
-def _score(contexts: list, continuations: list[list], model) -> Iterator[tuple[float, bool]]:
+def _score(contexts: list, continuations: list[list], model: "GPT") -> Iterator[tuple[float, bool]]:
     """Of contexts of one length, and the continuations of each, in their order."""
     weight, vocabulary = model.transformer.wte.weight, model.vocab_size
     flat = [list(one) for several in continuations for one in several]
@@ -94,7 +98,7 @@ def _score(contexts: list, continuations: list[list], model) -> Iterator[tuple[f
     return zip(log_p.tolist(), greedy.tolist(), strict=True)
 
 
-def _judged(logits, targets, vocabulary: int):
+def _judged(logits: torch.Tensor, targets: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-likelihoods [N] (float64) of targets [N, n], -1 where there is none, and whether each is the likeliest token."""
     logits = logits[..., :vocabulary].float()
     there = targets >= 0
@@ -103,7 +107,7 @@ def _judged(logits, targets, vocabulary: int):
     return log_p.sum(1), ((logits.argmax(-1) == targets) | ~there).all(1)
 
 
-def repeated(cache: KVCache, copies) -> KVCache:
+def repeated(cache: KVCache, copies: torch.Tensor) -> KVCache:
     """A new cache that holds sequence i of `cache` copies[i] times (int64 [batch]), one after the other. The first dimension of
     every tensor of a layer's cache is the batch."""
     layers = []

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from lib.errors import UserError
 from lib.paths import ROOT, shown
@@ -63,7 +64,7 @@ def load(words: list[str]) -> dict:
     return found
 
 
-def _loaded(manager, name: str, folder: Path | None) -> dict:
+def _loaded(manager: Any, name: str, folder: Path | None) -> dict:
     """The tasks of one name, with their data."""
     with contextlib.chdir(folder) if folder else contextlib.nullcontext():
         try:
@@ -84,7 +85,7 @@ def _loaded(manager, name: str, folder: Path | None) -> dict:
     return tasks
 
 
-def digest(task, limit: int | None) -> str:
+def digest(task: Any, limit: int | None) -> str:
     """16 hex digits of what is asked: the task's configuration with its code, its items up to `limit`, and lm_eval's version;
     not where on this machine the task lies."""
     from importlib.metadata import version
@@ -96,7 +97,7 @@ def digest(task, limit: int | None) -> str:
     return asked.hexdigest()[:16]
 
 
-def _described(value) -> str:
+def _described(value: object) -> str:
     """What JSON has no form for: of a function its source."""
     if callable(value):
         with contextlib.suppress(OSError, TypeError):
@@ -104,7 +105,7 @@ def _described(value) -> str:
     return repr(value)
 
 
-def evaluate(task, name: str, model, limit: int | None) -> tuple[dict, list[dict]]:
+def evaluate(task: Any, name: str, model: Any, limit: int | None) -> tuple[dict, list[dict]]:
     """({metric: {"value", "stderr"}}, one dict an item) of a task on a model (lm_eval's LM).
 
     Metrics after a filter have its name behind a comma. An item has its id, hashes, target, log-likelihoods or responses, and
@@ -141,7 +142,7 @@ def _named(metric: str, after: str) -> str:
     return metric if after == "none" else f"{metric},{after}"
 
 
-def finite(value) -> float | None:
+def finite(value: Any) -> float | None:
     """A number of strict JSON; None of "N/A", NaN, or an infinity."""
     try:
         value = float(value)
@@ -150,7 +151,7 @@ def finite(value) -> float | None:
     return value if abs(value) < float("inf") else None
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
     return finite(value)

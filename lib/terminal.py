@@ -5,20 +5,21 @@ to anything (no-color.org). Whatever is emphasised says the same without: no inf
 """
 
 import os
+from typing import TextIO
 
 HEADING = "1"  # bold: readable on a dark and on a light background
 
 
-def redraws(stream) -> bool:
+def redraws(stream: TextIO) -> bool:
     """Whether `stream` is a terminal on which a line can be drawn again."""
     return stream.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
 
 
-def coloured(stream) -> bool:
+def coloured(stream: TextIO) -> bool:
     """Whether escape sequences for emphasis may go to `stream`."""
     return redraws(stream) and not os.environ.get("NO_COLOR")
 
 
-def emphasised(text: str, stream) -> str:
+def emphasised(text: str, stream: TextIO) -> str:
     """`text` as a heading, on a stream that may have it; elsewhere as it is."""
     return f"\x1b[{HEADING}m{text}\x1b[0m" if coloured(stream) else text

@@ -130,7 +130,7 @@ def tool(name: str) -> None:
                 print(f"{symbol.name}={symbol.str_value}")
 
 
-def menu(kconf) -> None:
+def menu(kconf: Any) -> None:
     """kconfiglib's menu, which needs a terminal that can be drawn on; without colours under NO_COLOR."""
     by_hand = f"edit {shown(config_path())} by hand and make olddefconfig."
     if not (sys.stdin.isatty() and redraws(sys.stdout)):

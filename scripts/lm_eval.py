@@ -14,9 +14,9 @@ import hashlib
 import json
 import os
 import re
-import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lib import atomic, lm_eval_tasks, results
 from lib.config import Study
@@ -24,6 +24,9 @@ from lib.errors import UserError, reported
 from lib.paths import ROOT, shown
 from lib.report import downstream
 from lib.tables import plural, table
+
+if TYPE_CHECKING:
+    from gpt2.lm_eval_model import CellLM
 
 
 def words(text: str) -> list[str]:
@@ -67,7 +70,7 @@ def finished(names: list[str]) -> list[tuple[Path, dict]]:
     return there
 
 
-def model_of(folder: Path, record: dict, rows: int):
+def model_of(folder: Path, record: dict, rows: int) -> tuple["CellLM", dict]:
     """(lm_eval's LM of a cell, what to record of the machine it runs on)."""
     import torch
 
@@ -125,7 +128,7 @@ def evaluate(folder: Path, record: dict, tasks: dict, digests: dict, limit: int 
         write(folder / downstream.samples_name(name), lines)
         found["tasks"][name] = {"hash": digests[name], "version": task.VERSION, "limit": limit, "items": len(items),
                                 "fewshot": task.get_config("num_fewshot"), "metrics": metrics,
-                                "chance": downstream.chance(dict(enumerate(items))), **machine}
+                                "chance": downstream.chance({(number,): item for number, item in enumerate(items)}), **machine}
         write(folder / downstream.NAME, json.dumps(found, indent=1, allow_nan=False) + "\n")
         print(f"{folder.name}: {name}: {plural(len(items), 'item')}, {time.perf_counter() - begun:.1f} s", flush=True)
     return found
@@ -176,4 +179,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     with reported():
-        sys.exit(main())
+        main()

@@ -12,7 +12,8 @@ import contextlib
 import os
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from lib.cells import baseline
 from lib.classes import FunctionClass, function_classes
@@ -24,6 +25,10 @@ from lib.steps import step_files, step_header, step_path
 from lib.tables import plural, size, table
 from lib.terminal import emphasised
 
+if TYPE_CHECKING:
+    from gpt2.model import GPT
+    from lib.config import Config
+
 NAMED_BY = ("_CLASS", "_CONTROLLER")  # symbols without a prompt that hold module:name of what a configuration is made of
 WIDTH = 110
 
@@ -33,13 +38,13 @@ def wrapped(text: str, mark: str = "") -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=f"  {mark}", subsequent_indent=" " * (2 + len(mark)))
 
 
-def named(cfg) -> dict[str, str]:
+def named(cfg: "Config") -> dict[str, str]:
     """{symbol: module} of every symbol that may name a mechanism; "" where this configuration has none."""
     return {name: (value or "").partition(":")[0] for name, value in cfg.as_json().items()
             if name.endswith(NAMED_BY) and not isinstance(value, bool) and name != "FUNCTION_CLASS"}
 
 
-def built(cfg):
+def built(cfg: "Config") -> "GPT":
     """The step's whole model without its memory."""
     import torch
 
@@ -49,7 +54,7 @@ def built(cfg):
         return GPT(cfg)
 
 
-def mechanisms(study: Study, cfg, model) -> list[str]:
+def mechanisms(study: Study, cfg: "Config", model: "GPT") -> list[str]:
     """Modules that hold a formula of this step: those that its symbols name, then what these are made of. What a symbol names
     in other steps only is not in use here, though its code may be part of the model."""
     symbols = named(cfg)
@@ -82,7 +87,7 @@ def symbol_lines(study: Study, layer: list[Assignment]) -> Iterator[str]:
         yield f"  {one_line(assignment):{widths[0]}}  {prompt:{widths[1]}}  {one_line(where)}"
 
 
-def parts(model) -> dict[str, int]:
+def parts(model: "GPT") -> dict[str, int]:
     """Parameters by part, by the names of the tensors: those of a layer are summed over layers, and a tied one counts once."""
     found: dict[str, int] = {}
     layers = len(model.transformer.h)
@@ -93,7 +98,7 @@ def parts(model) -> dict[str, int]:
     return found
 
 
-def parameter_table(step: str, first: str, model, reference) -> str:
+def parameter_table(step: str, first: str, model: "GPT", reference: "GPT") -> str:
     """By part and in all, beside the baseline's, with the difference."""
     mine, other = parts(model), parts(reference)
     mine["in all"], other["in all"] = sum(mine.values()), sum(other.values())
@@ -119,7 +124,7 @@ def cache_table(models: dict) -> str:
     return table(["step", "bytes a token", f"at {plural(model.block_size, 'token')}", "relative"], rows[::-1], "lrrr")
 
 
-def demands(step: str, first: str, equals: str | None, known) -> Iterator[str]:
+def demands(step: str, first: str, equals: str | None, known: FunctionClass) -> Iterator[str]:
     """What `make check` asks of the step: its laws, and what two of them mean for it."""
     from gpt2.laws import LAWS
 
@@ -147,7 +152,7 @@ def show(study: Study, step: str) -> None:
     models = {one: built(configurations[one].config) for one in dict.fromkeys([step, first])}
     known = class_of(study, first, step, cfg)
 
-    def section(title: str, lines) -> None:
+    def section(title: str, lines: Iterable[str]) -> None:
         lines = list(lines)
         if lines:
             print(f"\n{emphasised(title, sys.stdout)}", *lines, sep="\n")
@@ -167,7 +172,7 @@ def show(study: Study, step: str) -> None:
         line for demand in demands(step, first, equals, known) for line in wrapped(demand, "- ")))
 
 
-def class_of(study: Study, first: str, step: str, cfg) -> FunctionClass:
+def class_of(study: Study, first: str, step: str, cfg: "Config") -> FunctionClass:
     """The step's function class, named after the first step there is of it, the study's baseline before all."""
     configurations = {}
     for one in dict.fromkeys([first, *step_files(study.config.STEPS_DIR)]):

@@ -20,6 +20,7 @@ given and none rests on them.
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -81,7 +82,7 @@ def kept(folder: Path, record: dict) -> dict[str, dict]:
     return found
 
 
-def paired(differences) -> dict:
+def paired(differences: Sequence) -> dict:
     """The mean of differences [seeds, items] with its interval, as above: {"difference", "low", "high", "covers"}; the interval
     is null for fewer than two items, or if all differences are the same."""
     from scipy.special import stdtrit
