@@ -235,7 +235,7 @@ def conclude(folder: Path, cell: Cell, title: str, display: Any, code: int, log_
     elif record["state"] == "done":
         display.finish(f"{title}: val loss {record['val_loss']:.4f}  {count(record['tokens'])} tokens  "
                        f"{count(record['tokens_per_second'])} tokens/s  {duration(record['train_seconds'])} of training, "
-                       f"{duration(seconds)} in all")
+                       f"{duration(seconds)} {'since it went on' if record['resumed'] else 'in all'}")
     else:
         display.finish(f"{title}: {record['state']}: {record['reason']} (see {log})")
 

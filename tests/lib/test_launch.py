@@ -15,8 +15,10 @@ from types import SimpleNamespace
 import pytest
 
 from lib import atomic, failures, process, results
-from lib.launch import Display, bytecode_is_kept, run
-from tests.harness import ROOT, refusal
+from lib.cells import expand
+from lib.config import Study
+from lib.launch import Display, bytecode_is_kept, conclude, run
+from tests.harness import ROOT, finish, refusal
 from tests.lib.test_process import alive
 
 IDENTITY = {"hash": "0", "set": {}, "default": {}}
@@ -446,3 +448,12 @@ def test_bytecode_is_kept_in_the_users_cache_where_it_would_be_lost(bytecode, wr
 def test_without_torch_there_is_no_bytecode_to_keep(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert bytecode_is_kept() == {}
+
+
+@pytest.mark.parametrize("resumed, said", [(0, "20 s of training, 21 s in all"), (2, "20 s of training, 21 s since it went on")])
+def test_the_seconds_of_a_finished_cell_are_those_of_this_process(tmp_path, capsys, dotconfig, resumed, said):
+    dotconfig()
+    cell = expand(Study(), [1], ["V0"])[0]
+    finish(tmp_path, cell, resumed=resumed)
+    conclude(tmp_path / cell.name, cell, "1/1", Display(tmp_path / cell.name, "1/1", "1/1"), 0, 0, 21.0, None)
+    assert said in capsys.readouterr().out
