@@ -44,7 +44,7 @@ export KABLATE_JOBS := $(call on_command_line,JOBS)
 export KABLATE_LOOK := $(call on_command_line,LOOK)
 override TUNING := $(call on_command_line,TUNE)
 # As text (lib/literal.mk): a '$' or a '#' in one of them is none of make's.
-$(foreach v,RETRY NAME STUDY ALL FULL A B FILE PEER PORT FROM PROMPT TOKENS KCONFIG_SEED KILLS SEED WHAT STEP CELL TASKS LIMIT,\
+$(foreach v,RETRY NAME STUDY ALL FULL A B FILE PEER PORT FROM PROMPT TOKENS KCONFIG_SEED KILLS SEED WHAT STEP CELL TO TASKS LIMIT,\
   $(eval override export $(v) := $$(call on_command_line,$(v))))
 include lib/literal.mk
 
@@ -91,7 +91,7 @@ endif
 # of the first group are its arguments.
 override STEP_TOOLS := plan estimate report check show bench-steps bench-train bench-attention bench-decode bench-ranks \
   compile-matrix
-override TOOLS := fim lm-eval frontier browse data randconfig diffconfig torture claims
+override TOOLS := fim lm-eval export frontier browse data randconfig diffconfig torture claims
 .PHONY: $(STEP_TOOLS) $(TOOLS)
 $(STEP_TOOLS) $(TOOLS): $(SETUP)
 	$(Q)$(PYTHON) -m scripts.$(subst -,_,$@) $(if $(filter $@,$(STEP_TOOLS)),$(STEPS))
@@ -125,6 +125,7 @@ pack unpack: $(SETUP)
 browse: ## index the reports of all studies and serve them on this machine (PORT=8000)
 frontier: ## draw validation loss against cache bytes and decoding speed (FILE=what make bench-decode kept)
 lm-eval: ## evaluate finished cells on tasks (TASKS=arc_easy,hellaswag LIMIT=100 CELL=one or several, default: all)
+export: ## write a finished cell for Hugging Face's transformers: CELL=name-or-folder TO=folder
 fim: ## Fisher metrics of the attention of the study's finished cells, with the spread over seeds
 .PHONY: sample
 sample: $(SETUP) ## write text with a finished cell: make sample V0 PROMPT="def main" TOKENS=200

@@ -52,13 +52,14 @@ def main() -> int:
     for flag, symbol in KVSPLICE_FLAGS.items():
         parser.add_argument(flag, metavar="VALUE", help=f"{symbol}, with --kvsplice-enable")
     parser.add_argument("--kvsplice-save", type=Path, metavar="FILE", help="copy the fit to FILE, with --kvsplice-enable")
+    parser.add_argument("--init-from", metavar="gpt2-hf=FOLDER", help="start from the GPT-2 in FOLDER (INIT_FROM_HF)")
     parser.add_argument("--dry-run", action="store_true", help="check the step on the CPU instead of training it")
     args = parser.parse_args()
     if args.cell:
         return run_cell(args.cell)
     if not args.ra_mla_ablation_step:
         raise UserError("no step was given.", "add --ra-mla-ablation-step V1 (make list-steps shows them all).")
-    settings = args.set + kvsplice_settings(vars(args))
+    settings = args.set + kvsplice_settings(vars(args)) + start_settings(args.init_from)
     study = Study(args.defconfig, overrides=by_hand_overrides(settings, args.seed))
     announce(study)
     if args.dry_run:
@@ -101,6 +102,16 @@ def kvsplice_settings(flags: dict) -> list[str]:
                             "add --kvsplice-enable, or leave it out.")
         return []
     return ["KVSPLICE=y"] + [f"{KVSPLICE_FLAGS[flag]}={value}" for flag, value in given.items() if flag in KVSPLICE_FLAGS]
+
+
+def start_settings(text: str | None) -> list[str]:
+    """--init-from as settings of symbols."""
+    if text is None:
+        return []
+    kind, _, folder = text.partition("=")
+    if kind != "gpt2-hf" or not folder:
+        raise UserError(f"--init-from {text} names no start.", "write --init-from gpt2-hf=FOLDER.")
+    return [f"INIT_FROM_HF={Path(folder).expanduser().absolute()}"]
 
 
 def by_hand_overrides(settings: list[str], seed: int | None) -> list[Assignment]:
@@ -202,6 +213,8 @@ def train_cell(folder: Path, cfg: "Config", provenance: dict) -> int:
     environment = runtime.environment(cfg, device, group.size)
     model = GPT(cfg)
     parent = load_parent(model, folder, provenance, cfg.INIT_FROM_STEP) if cfg.INIT_FROM_STEP else None
+    if cfg.INIT_FROM_HF:
+        environment["start_hash"] = start_from_files(model, cfg)
     model.to(device)
     if cfg.GPT2_COMPILE:
         compiler.join()
@@ -309,6 +322,19 @@ def read_provenance(folder: Path) -> dict:
         return found
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder}/provenance.json cannot be read: {error}.", "run the cell through make.") from None
+
+
+def start_from_files(model: Any, cfg: "Config") -> str:
+    """Start from the weights in INIT_FROM_HF; their sha256."""
+    from gpt2 import hf
+    from lib.data.files import repo_path
+    from lib.paths import shown
+
+    folder = repo_path(cfg.INIT_FROM_HF)
+    own = hf.start(model, folder, cfg)
+    kept = f"; {len(own)} tensors keep their own start: {' '.join(own[:4])} ..." if own else ""
+    print(f"starts from {shown(folder)}{kept}", flush=True)
+    return hf.digest(folder)
 
 
 def load_parent(model: "torch.nn.Module", folder: Path, provenance: dict, step: str) -> dict:

@@ -19,12 +19,17 @@ def experiment(record: dict) -> dict:
     sizes = [get(name) for name in ("BATCH_SIZE", "GPT2_GRADIENT_ACCUMULATION")]
     world = (record["environment"] or {}).get("world_size") or 1
     counted = all(type(number) is int for number in (*sizes, world))
+    start = "drawn"
+    if get("INIT_FROM_STEP") and not get("EVALUATE_ONLY"):
+        start = f"the trained {get('INIT_FROM_STEP')}"
+    elif get("INIT_FROM_HF"):  # a folder's name says little of what was in it
+        start = f"the weights {str((record['environment'] or {}).get('start_hash'))[:12]}"
     return {
         "training data": data.get("train_hash"), "evaluation data": data.get("eval_hash"),
         "tokenizer": data.get("tokenizer"),
         "global batch": sizes[0] * sizes[1] * world if counted else None,
         "sequence length": get("GPT2_BLOCK_SIZE"),
-        "start": f"the trained {get('INIT_FROM_STEP')}" if get("INIT_FROM_STEP") and not get("EVALUATE_ONLY") else "drawn",
+        "start": start,
         "budget": " ".join(f"{name}={get(name)}" for name in BUDGET if get(name)) or None,
     }
 

@@ -36,7 +36,7 @@ MAKES_NO_NUMBER = (
     # Judges mechanisms without training; makes data sets, which are recorded by their own hashes.
     "gpt2/laws.py", "gpt2/function_class.py", "gpt2/fisher.py", "lib/data/prepare.py", "lib/data/shards.py",
     # Writes text with a trained model, and measures it.
-    "gpt2/sample.py", "gpt2/decode_costs.py",
+    "gpt2/sample.py", "gpt2/decode_costs.py", "gpt2/hf_tokenizer.py",
     # Asks a trained model what downstream tasks ask.
     "gpt2/scoring.py", "gpt2/lm_eval_model.py", "lib/lm_eval_tasks.py",
 )

@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING
 from lib import atomic, lm_eval_tasks, results
 from lib.config import Study
 from lib.errors import UserError, reported
-from lib.paths import ROOT, shown
+from lib.paths import shown
+from lib.plan import Plan
 from lib.report import downstream
 from lib.tables import plural, table
+from scripts.plan import cell_folder, options_from_environment
 
 if TYPE_CHECKING:
     from gpt2.lm_eval_model import CellLM
@@ -34,30 +36,14 @@ def words(text: str) -> list[str]:
     return list(dict.fromkeys(re.split(r"[,\s]+", text.strip()))) if text.strip() else []
 
 
-def named(name: str) -> Path:
-    """The folder of a cell that was named, by its path or by its name in the configured study's results."""
-    from lib.plan import Plan
-    from scripts.plan import options_from_environment
-
-    if (ROOT / name / ".config").is_file():
-        return ROOT / name
-    folder = Plan(options_from_environment()).out / name
-    if not (folder / ".config").is_file():
-        raise UserError(f"there is no cell {name}.", "give a cell's folder, or its name in the study's results.")
-    return folder
-
-
 def finished(names: list[str]) -> list[tuple[Path, dict]]:
     """(folder, record) of the cells to evaluate: those named, or all finished ones of the configured study."""
     if names:
-        found = [(folder, results.read(folder)) for folder in map(named, names)]
+        found = [(folder, results.read(folder)) for folder in map(cell_folder, names)]
         for folder, record in found:
             if record is None or record["state"] != "done":
                 raise UserError(f"{shown(folder)} is not finished.", "run it with make.")
         return found
-    from lib.plan import Plan
-    from scripts.plan import options_from_environment
-
     plan = Plan(options_from_environment())
     found = [(plan.out / cell.name, status.record) for cell, status in plan.found(plan.common) if status.state == "done"]
     there = [one for one in found if (one[0] / "model.pt").is_file()]

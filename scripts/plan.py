@@ -11,12 +11,13 @@ import pkgutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from lib import design, failures, generations, process
 from lib.cells import Cell, Status
 from lib.config import announce
-from lib.errors import reported
-from lib.paths import shown
+from lib.errors import UserError, reported
+from lib.paths import ROOT, shown
 from lib.plan import Options, Plan
 from lib.tables import table
 
@@ -27,6 +28,16 @@ def options_from_environment(steps: Sequence[str] = (), tune: bool = False) -> O
     return Options(get("KABLATE_OUT", ""), get("KABLATE_SEEDS", ""), get("KABLATE_TIME", ""),
                    get("RETRY", "") not in ("", "0", "n"), tuple(steps), "" if tune else get("KABLATE_UNTIL", ""),
                    get("KABLATE_MAX_SEEDS", ""), get("KABLATE_LOOK", ""), get("KABLATE_JOBS", ""), tune)
+
+
+def cell_folder(name: str) -> Path:
+    """The folder of a cell that is named by its path, or by its name in the configured study's results."""
+    if (ROOT / name / ".config").is_file():
+        return ROOT / name
+    folder = Plan(options_from_environment()).out / name
+    if not (folder / ".config").is_file():
+        raise UserError(f"there is no cell {name}.", "give a cell's folder, or its name in the study's results.")
+    return folder
 
 
 def warnings(plan: Plan) -> list[str]:

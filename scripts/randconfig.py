@@ -26,7 +26,8 @@ from lib.steps import step_files
 from scripts.kconfig import assignment, config_path, disk_named, write_config
 
 TRIES = 1000
-KEPT = ("SEED", "INIT_FROM_STEP", "EVALUATE_ONLY", "BATCH_SIZE_AUTO", *BUDGET)  # those of a step or of the machine
+# Those of a step or of the machine.
+KEPT = ("SEED", "INIT_FROM_STEP", "INIT_FROM_HF", "EVALUATE_ONLY", "BATCH_SIZE_AUTO", *BUDGET)
 # What a proof may spend: sizes of a laptop's laptop, and two iterations.
 SMALL = {"GPT2_BLOCK_SIZE": "32", "BATCH_SIZE": "2", "GPT2_GRADIENT_ACCUMULATION": "1", "BATCH_DRAWN": "0",
          "GPT2_EVAL_SAMPLES": "1", "GPT2_MAX_ITERS": "2", "KVSPLICE_SAMPLES": "512", "KVSPLICE_MAX_BATCHES": "2",

@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items):
 
 OF_THE_SHELL = ("KCONFIG_CONFIG", "RETRY", "NAME", "STUDY", "STEPS", "ALL", "FULL", "A", "B", "V", "TIME", "OUT", "SEEDS",
                 "FILE", "PORT", "FROM", "PROMPT", "TOKENS", "KCONFIG_SEED", "TUNE", "KILLS", "SEED", "WHAT", "STEP", "CELL",
-                "TASKS", "LIMIT", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "srctree")
+                "TO", "TASKS", "LIMIT", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "srctree")
 
 
 @pytest.fixture(autouse=True, scope="module")

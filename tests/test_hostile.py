@@ -165,7 +165,7 @@ with open("said", "a") as file:
 HANDED_ON = {"OUT": "KABLATE_OUT", "SEEDS": "KABLATE_SEEDS", "TIME": "KABLATE_TIME", "UNTIL": "KABLATE_UNTIL",
              "MAX_SEEDS": "KABLATE_MAX_SEEDS", "JOBS": "KABLATE_JOBS", "LOOK": "KABLATE_LOOK"}
 ASIS = ("RETRY", "NAME", "STUDY", "ALL", "FULL", "A", "B", "FILE", "PEER", "PORT", "FROM", "PROMPT", "TOKENS", "KCONFIG_SEED",
-        "STEP", "CELL", "TASKS", "LIMIT", "GPT2_MAX_TIME", "GPT2_MAX_ITERS", "KCONFIG_CONFIG", "WANDB_MODE")
+        "STEP", "CELL", "TO", "TASKS", "LIMIT", "GPT2_MAX_TIME", "GPT2_MAX_ITERS", "KCONFIG_CONFIG", "WANDB_MODE")
 
 
 @pytest.fixture(scope="module")

@@ -108,6 +108,9 @@ class CausalSelfAttention(nn.Module):
         """This attention with what acts on its weights folded into them, for inference."""
         return self
 
+    def divide_gates(self) -> None:
+        """The other way: make its weights such that with what acts on them they are what they were without."""
+
     def forward(self, x: torch.Tensor, cache: Any = None, context: Any = None) -> torch.Tensor:
         B, T, E = x.shape
         q, k, v = self.project(x)

@@ -251,6 +251,13 @@ class UnifiedRAttention(CausalSelfAttention):
             self.baked = True
         return self
 
+    @torch.no_grad()
+    def divide_gates(self) -> None:
+        scale = self.row_scale()
+        self.c_attn.weight.div_(scale[:, None])
+        if self.c_attn.bias is not None:
+            self.c_attn.bias.div_(scale)
+
     def _whole(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The fused projection at full width with its gates, and zeros for the channels that are off."""
         weight, bias = self.gated_rows()

@@ -49,6 +49,9 @@ class MLP(nn.Module):
         """This MLP with what acts on its weights folded into them, for inference."""
         return self
 
+    def divide_gates(self) -> None:
+        """The other way: make its weights such that with what acts on them they are what they were without."""
+
     def forward(self, x: Tensor, attended: Tensor | None = None) -> Tensor:
         """`attended` is what the attention of the same block added to the residual stream, or None if it is off."""
         h = F.gelu(self.c_fc(x), approximate="tanh")

@@ -213,6 +213,13 @@ class ReciprocalMLP(MLP):
             self.baked = True
         return self
 
+    @torch.no_grad()
+    def divide_gates(self) -> None:
+        """Of a mixer, at its start the identity, nothing is divided."""
+        weight = self.c_proj.weight.clone()
+        self.c_proj.weight.fill_(1.0)
+        self.c_proj.weight.copy_(weight / self.down_weight())
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.baked = False  # loaded weights come with gates that act and learn
         for p in (self.gate_std, self.gate_rec, self.mixer):

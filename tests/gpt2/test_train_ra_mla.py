@@ -1,15 +1,17 @@
 """train_ra_mla.py by hand."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lib.cells import Cell, expand
-from lib.config import Study
+from lib.config import Study, load
 from lib.kconfig import Assignment
 from lib.launch import prepare
 from tests.harness import TINY, finish, replace, run_here
@@ -42,6 +44,34 @@ def test_a_cell_by_hand_from_any_folder(tmp_path):
     assert again.returncode == 2 and "already holds this result" in again.stderr
     other = by_hand("--ra-mla-ablation-step", "V1@RA_R=4", "--seed", "7", "--out", "cell", *FAST, cwd=tmp_path)
     assert other.returncode == 2 and "already holds another cell: RA_R 8 -> 4" in other.stderr
+
+
+def test_a_cell_that_starts_from_weights_of_transformers(tmp_path):
+    pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+
+    from gpt2 import hf
+    from gpt2.model import GPT
+
+    cfg = load("gpt2-ra-ablation+tiny", "V0", {"GPT2_BLOCK_SIZE": 32})
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    model = GPT(cfg)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()  # every token as likely as any other
+        model.transformer.ln_f.bias.zero_()
+    save_file(hf.tensors(model), folder / hf.WEIGHTS)
+    (folder / hf.CONFIGURATION).write_text(json.dumps(hf.configuration(cfg, 0)))
+    done = here("--ra-mla-ablation-step", "V1", "--out", tmp_path / "cell", "--init-from", f"gpt2-hf={folder}",
+                "--set=LEARNING_RATE=0.0", "--set=GPT2_MIN_LR=0.0", *FAST)
+    assert done.returncode == 0 and f"starts from {folder}; 4 tensors keep their own start: " in done.stdout, done.stderr
+    record = json.loads((tmp_path / "cell/metrics.json").read_text())
+    assert record["val_loss"] == pytest.approx(math.log(256), abs=1e-4)
+    assert record["environment"]["start_hash"] == hf.digest(folder)
+    assert record["configuration"]["INIT_FROM_HF"] == str(folder)
+    for text in ("gpt2-hf", "gpt2", "gpt2-hf="):
+        refused = here("--ra-mla-ablation-step", "V1", "--out", tmp_path / "other", "--init-from", text)
+        assert refused.returncode == 2 and f"--init-from {text} names no start." in refused.stderr
 
 
 def test_a_cell_that_is_not_to_keep_its_model_has_none(tmp_path):

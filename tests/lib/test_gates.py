@@ -33,6 +33,14 @@ def broken(arm, reference, paired=True):
     return gates.broken(arm, reference, ("V1", "V0"), paired)
 
 
+def test_two_starts_from_files_are_told_apart_by_what_was_in_them():
+    arm, reference = ({seed: record(3 + seed / 100, configuration__INIT_FROM_HF="/hf", environment__start_hash=digest)
+                       for seed in (1, 2, 3)} for digest in ("a" * 64, "b" * 64))
+    assert broken(arm, reference) == [
+        "start differs: V0 seed 1 has 'the weights bbbbbbbbbbbb', V1 seed 1 'the weights aaaaaaaaaaaa'"]
+    assert broken(arm, arm) == []
+
+
 def test_equal_arms_pass():
     assert broken(*arms()) == [] and broken(*arms(), paired=False) == []
 

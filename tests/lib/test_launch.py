@@ -450,7 +450,8 @@ def test_without_torch_there_is_no_bytecode_to_keep(monkeypatch):
     assert bytecode_is_kept() == {}
 
 
-@pytest.mark.parametrize("resumed, said", [(0, "20 s of training, 21 s in all"), (2, "20 s of training, 21 s since it went on")])
+@pytest.mark.parametrize("resumed, said", [
+    (0, "20 s of training, 21 s in all"), (2, "20 s of training, 21 s since it went on")])
 def test_the_seconds_of_a_finished_cell_are_those_of_this_process(tmp_path, capsys, dotconfig, resumed, said):
     dotconfig()
     cell = expand(Study(), [1], ["V0"])[0]

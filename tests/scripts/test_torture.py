@@ -483,6 +483,7 @@ WRITERS = {
     "gpt2/kvsplice.py", "gpt2/splicing.py", "gpt2/train_ra_mla.py", "scripts/browse.py", "scripts/fim.py", "scripts/kconfig.py",
     "scripts/report.py",
     "scripts/lm_eval.py",  # scores of finished cells, which are computed again
+    "scripts/export.py",  # a finished cell once more, in a folder that appears whole or not at all
     "lib/report/page.py",  # a cache, which does without
     "scripts/claims.py",  # a page of the sources themselves
     "scripts/bench_attention.py", "scripts/bench_decode.py", "scripts/bench_ranks.py", "scripts/bench_steps.py",
