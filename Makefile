@@ -91,7 +91,7 @@ endif
 # of the first group are its arguments.
 override STEP_TOOLS := plan estimate report check show bench-steps bench-train bench-attention bench-decode bench-ranks \
   compile-matrix
-override TOOLS := fim lm-eval export frontier browse data randconfig diffconfig torture claims
+override TOOLS := fim lm-eval export frontier browse data randconfig diffconfig torture claims docs
 .PHONY: $(STEP_TOOLS) $(TOOLS)
 $(STEP_TOOLS) $(TOOLS): $(SETUP)
 	$(Q)$(PYTHON) -m scripts.$(subst -,_,$@) $(if $(filter $@,$(STEP_TOOLS)),$(STEPS))
@@ -191,6 +191,7 @@ bench-check bench-overhead bench-stats: $(SETUP)
 	$(Q)$(PYTHON) -m scripts.bench $(@:bench-%=%)
 
 claims: ## rebuild docs/claims.md from docs/claims.toml, the tests and the reports in docs/results
+docs: ## build the manual as a site, with every link and anchor checked, and print where its first page is
 
 ##@ Other
 .PHONY: doctor
@@ -198,8 +199,8 @@ doctor: ## say what of this machine the configured study needs, whether it is th
 	$(Q)$(ANY_PYTHON) -m scripts.doctor
 
 .PHONY: clean
-clean: ## remove caches; results and .config stay
-	$(Q)rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean: ## remove caches and the built manual; results and .config stay
+	$(Q)rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis _site
 	$(Q)find lib gpt2 scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: mrproper

@@ -1,15 +1,20 @@
 """Every command of the README and of docs/ runs, or would: make goals exist, scripts take their arguments."""
 
+import html
 import os
 import re
 import shlex
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
-from tests.harness import run_here
+from lib.config import defconfig_layers
+from lib.kconfig import Schema
+from tests.harness import copy_tree, run, run_here
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -58,10 +63,109 @@ def test_goals_named_in_the_text_exist():
             assert goal in goals, f"{path}: {goal}"
 
 
-def test_links_lead_somewhere():
-    for path, page in PAGES.items():
-        for link in re.findall(r"\]\(([^)#]+)\)", page):
-            assert link.startswith("https://") or (path.parent / link).exists(), f"{path}: {link}"
+ALL_PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "test_matrix_results/README.md"])
+FENCED = re.compile(r"^(`{3,}|~{3,}).*?^\1[ ]*$", re.M | re.S)
+
+
+def anchors(path: Path) -> set[str]:
+    """What a forge and the site call a page's headings: lower case, no punctuation, hyphens for spaces, -1 for a second."""
+    found: dict[str, int] = {}
+    for heading in re.findall(r"^#{1,6} +(.*?)\s*$", FENCED.sub("", path.read_text()), re.M):
+        slug = re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()).replace(" ", "-")
+        found[slug] = found.get(slug, -1) + 1
+    return {f"{slug}-{n}" if n else slug for slug, times in found.items() for n in range(times + 1)}
+
+
+def test_every_link_and_anchor_of_every_page_leads_somewhere():
+    wrong = []
+    for path in ALL_PAGES:
+        for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", FENCED.sub("", path.read_text()))):
+            if link.startswith("https://"):
+                continue
+            file, _, anchor = link.partition("#")
+            target = path.parent / file if file else path
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                wrong.append(f"{path.relative_to(ROOT)}: {link}")
+    assert wrong == [] and len(ALL_PAGES) > 30
+
+
+def test_every_study_named_in_a_command_exists():
+    named = {name for page in PAGES.values() for name in re.findall(r"\b(?:make defconfig-|STUDY=)(gpt2-[\w+-]*\w)", page)}
+    assert len(named) > 8
+    for name in named:
+        defconfig_layers(name)
+
+
+class Links(HTMLParser):
+    """What a page of the site links to or loads, and the anchors that it has."""
+
+    def __init__(self, page: Path):
+        super().__init__()
+        self.links, self.loads, self.anchors = [], [], set()
+        self.feed(page.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.anchors |= {given["id"]} if given.get("id") else set()
+        if tag == "a" and given.get("href"):
+            self.links.append(given["href"])
+        elif tag in ("img", "script", "source", "iframe") and given.get("src"):
+            self.loads.append(given["src"])
+        elif tag == "link" and given.get("rel") not in ("index", "search", "next", "prev"):
+            self.loads.append(given["href"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    for package in ("sphinx", "myst_parser", "furo"):
+        pytest.importorskip(package)
+    out = tmp_path_factory.mktemp("site")
+    done = run("scripts.docs", "--out", out)
+    assert done.returncode == 0 and done.stdout.strip() == str(out / "index.html"), done.stderr
+    return out
+
+
+def test_the_site_holds_every_page_and_leads_nowhere_else(site):
+    """Warnings are errors in it. What a browser loads is in the site, so that it works without a network."""
+    pages = {page: Links(page) for page in site.rglob("*.html")}
+    missing = [path for path in ALL_PAGES if path.parent.name != "test_matrix_results"
+               and site / path.relative_to(ROOT).with_suffix(".html") not in pages]
+    assert missing == []
+    wrong = []
+    for page, found in pages.items():
+        wrong += [f"{page}: loads {load}" for load in found.loads
+                  if not (page.parent / unquote(load.partition("?")[0])).is_file()]
+        for link in found.links:
+            file, _, anchor = unquote(link).partition("#")
+            if file.startswith(("https://", "http://")):
+                continue
+            target = (page.parent / file).resolve() if file else page
+            if not target.is_file() or (anchor and target in pages and anchor not in pages[target].anchors):
+                wrong.append(f"{page}: {link}")
+    assert wrong == []
+    assert not any("http" in load for found in pages.values() for load in found.loads)
+    assert not re.search(r"@import|url\(['\"]?https?:", "".join(css.read_text() for css in site.rglob("*.css")))
+
+
+def test_the_site_lists_every_symbol_with_its_default(site):
+    schema = Schema()
+    page = (site / "docs/symbols.html").read_text()
+    assert set(re.findall(r"<h3>([A-Z0-9_]+)<a", page)) == schema.prompted
+    text = html.unescape(re.sub(r"<[^>]+>", "", page))
+    assert "Reciprocal channels per head (R). whole number; from 1 to 4096; default 4; depends on ATTENTION_UNIFIED_RA." in text
+    assert "not part of a cell's identity" in text
+
+
+@pytest.mark.parametrize("fault, said", [("[gone](nowhere.md)", "nowhere.md"), ("[gone](#no-such-heading)", "no-such-heading")])
+def test_a_fault_of_a_page_ends_the_build(tmp_path, fault, said):
+    pytest.importorskip("furo")
+    tree = copy_tree(tmp_path / "tree")
+    (tree / "docs").mkdir()
+    (tree / "docs/conf.py").write_text((ROOT / "docs/conf.py").read_text())
+    (tree / "docs/index.md").write_text(f"# A page\n\n{fault}\n")
+    done = run("scripts.docs", tree=tree)
+    assert done.returncode == 2 and said in done.stderr and "try: " in done.stderr
+    assert not (tree / "_site/index.html").exists()
 
 
 def test_the_step_of_the_readme_is_valid(tmp_path):
