@@ -91,7 +91,7 @@ endif
 # of the first group are its arguments.
 override STEP_TOOLS := plan estimate report check show bench-steps bench-train bench-attention bench-decode bench-ranks \
   compile-matrix
-override TOOLS := fim lm-eval export frontier browse data randconfig diffconfig torture claims docs
+override TOOLS := fim lm-eval export frontier browse data randconfig diffconfig torture claims docs diagrams
 .PHONY: $(STEP_TOOLS) $(TOOLS)
 $(STEP_TOOLS) $(TOOLS): $(SETUP)
 	$(Q)$(PYTHON) -m scripts.$(subst -,_,$@) $(if $(filter $@,$(STEP_TOOLS)),$(STEPS))
@@ -192,6 +192,7 @@ bench-check bench-overhead bench-stats: $(SETUP)
 
 claims: ## rebuild docs/claims.md from docs/claims.toml, the tests and the reports in docs/results
 docs: ## build the manual as a site, with every link and anchor checked, and print where its first page is
+diagrams: ## draw the pictures of the docs from built models and committed results
 
 ##@ Other
 .PHONY: doctor

@@ -38,8 +38,8 @@ def words(text):
 GOALS = set(words("""
 run cells plan estimate report show slurm slurm-status slurm-cancel fim lm-eval export check data tune-lr browse pack unpack
 menuconfig nconfig oldconfig olddefconfig listnewconfig savedefconfig list-defconfigs list-steps diffconfig
-setup test torture lint claims docs bench-check bench-overhead bench-stats bench-steps bench-train bench-attention bench-decode
-bench-ranks compile-matrix frontier sample doctor randconfig clean mrproper help
+setup test torture lint claims docs diagrams bench-check bench-overhead bench-stats bench-steps bench-train
+bench-attention bench-decode bench-ranks compile-matrix frontier sample doctor randconfig clean mrproper help
 """))
 
 TOP = set(words("""

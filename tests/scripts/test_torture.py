@@ -485,7 +485,7 @@ WRITERS = {
     "scripts/lm_eval.py",  # scores of finished cells, which are computed again
     "scripts/export.py",  # a finished cell once more, in a folder that appears whole or not at all
     "lib/report/page.py",  # a cache, which does without
-    "scripts/claims.py",  # a page of the sources themselves
+    "scripts/claims.py", "scripts/diagramming/canvas.py",  # pages and pictures of the sources themselves
     "scripts/docs.py",  # a site that is built again
     "scripts/bench_attention.py", "scripts/bench_decode.py", "scripts/bench_ranks.py", "scripts/bench_steps.py",
     "scripts/bench_train.py", "scripts/compile_matrix.py", "scripts/frontier.py",  # a table that was printed as well
