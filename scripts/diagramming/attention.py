@@ -1,6 +1,5 @@
 """Reciprocal attention: the rows of its folded projection, its operations beside the baseline's, one step of self-restart."""
 
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
@@ -16,16 +15,13 @@ STUDY = "gpt2-ra-ablation"
 TOKENS = 8  # of the matrices of self-restart
 
 
-def runs(scale: "torch.Tensor") -> list[tuple[int, float]]:
-    """(number of rows, their factor) of each stretch of equal rows."""
-    return [(len(list(rows)), value) for value, rows in groupby(round(v, 6) for v in scale.tolist())]
-
-
 def folded_layout(sources: Sources) -> Figure:
     """Which rows of the fused projection are whose, and which blocks meet in a score."""
     step = sources.first(STUDY, "ATTENTION_UNIFIED_RA")
     attention: Any = sources.block(STUDY, step).attn
-    (d_std, g_std), (low, g_low) = runs(attention.row_scale().detach())[:2]
+    d_std, low = attention.D_std, attention.R
+    scale = attention.row_scale().detach()  # of the rows of Qf, head by head, then of Kf and of V
+    g_std, g_low = float(scale[0]), float(scale[d_std])
     heads, width = attention.n_head, attention.n_embd
     rows, columns = attention.c_attn.weight.shape
     sheet = Sheet("Folded query and key layout", f"One head of {step}: {attention.head_dim} channels, {low} of them reciprocal "
