@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIGURATION = "model.safetensors", "config.json"
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, in older files
+# What would make another function of the same tensors, with the value of GPT-2.
+GPT2 = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
+        "tie_word_embeddings": True, "layer_norm_epsilon": 1e-5}
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # one function
 
 
@@ -58,8 +61,8 @@ def configuration(cfg: "Config", mark: int, **more: Any) -> dict:
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
         "n_layer": cfg.GPT2_N_LAYER, "n_head": cfg.GPT2_N_HEAD, "n_embd": cfg.GPT2_N_EMBD, "n_inner": hidden_width(cfg),
         "n_positions": cfg.GPT2_BLOCK_SIZE, "vocab_size": cfg.VOCAB_SIZE, "bos_token_id": mark, "eos_token_id": mark,
-        "attn_pdrop": dropout, "embd_pdrop": dropout, "resid_pdrop": dropout, "layer_norm_epsilon": 1e-5,
-        "initializer_range": 0.02, "scale_attn_weights": True, "tie_word_embeddings": True, "dtype": "float32", **more}
+        "attn_pdrop": dropout, "embd_pdrop": dropout, "resid_pdrop": dropout, "initializer_range": 0.02, "dtype": "float32",
+        **GPT2, **more}
 
 
 def tensors(model: GPT) -> dict[str, torch.Tensor]:
@@ -93,6 +96,8 @@ def read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     if kind != "gpt2" or known.get("activation_function", "gelu_new") not in TANH_GELU:
         raise UserError(f"{shown(folder)} is not GPT-2: model_type {kind!r}, activation "
                         f"{known.get('activation_function', 'gelu_new')!r}.", "give a folder with a GPT-2 of the tanh GELU.")
+    if other := [f"{name} {known[name]!r}" for name, value in GPT2.items() if known.get(name, value) != value]:
+        raise UserError(f"{shown(folder)} is no plain GPT-2: {', '.join(other)}.", "give a folder with a GPT-2 as released.")
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{shown(folder)} has no {WEIGHTS}; other files, and files in parts, are not read.",
                         "save it with save_pretrained(folder, safe_serialization=True, max_shard_size='100GB').")

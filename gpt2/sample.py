@@ -69,7 +69,7 @@ class GPT2Tokens:
         return self.encoding.decode_single_token_bytes(token)
 
 
-TOKENIZERS = {"bytes": Bytes, "gpt2": GPT2Tokens}
+TOKENIZERS: dict[str, Any] = {"bytes": Bytes, "gpt2": GPT2Tokens}
 
 
 class Text:

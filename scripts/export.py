@@ -11,7 +11,6 @@ are folded into the weights; a step that is no GPT-2 in function is refused.
 import argparse
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -181,4 +180,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     with reported():
-        sys.exit(main())
+        main()

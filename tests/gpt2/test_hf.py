@@ -123,6 +123,8 @@ def test_a_folder_that_does_not_fit_is_refused(configuration, tmp_path):
     known = json.loads((folder / hf.CONFIGURATION).read_text())
     for change, what in (({"model_type": "llama"}, f"{folder} is not GPT-2: model_type 'llama', activation 'gelu_new'."),
                          ({"activation_function": "relu"}, f"{folder} is not GPT-2: model_type 'gpt2', activation 'relu'."),
+                         ({"scale_attn_by_inverse_layer_idx": True},
+                          f"{folder} is no plain GPT-2: scale_attn_by_inverse_layer_idx True."),
                          ({"n_layer": 3}, f"{folder}/model.safetensors is not what config.json beside it says: "
                                           "transformer.h.2.attn.c_attn.bias is missing.")):
         (folder / hf.CONFIGURATION).write_text(json.dumps(known | change))

@@ -1,6 +1,8 @@
 """make export: a cell's folder for transformers, whole or not at all, that says what the study found."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from lib import checkpoint  # noqa: E402
 from lib.cells import expand  # noqa: E402
 from lib.config import Study  # noqa: E402
 from scripts import export  # noqa: E402
-from tests.harness import finish, refusal, snapshot  # noqa: E402
+from tests.harness import ROOT, finish, refusal, snapshot  # noqa: E402
 from tests.lib.data.conftest import gpt2_files  # noqa: E402, F401 a fixture
 
 CONFIG = ("MODEL_TINY=y", "DATA_PYSTDLIB=y", "GPT2_BLOCK_SIZE=32", "GPT2_MAX_ITERS=4", "DEVICE_CPU=y", "CPU_THREADS=1",
@@ -86,6 +88,11 @@ def test_tokenizers_split_text_as_training_did(gpt2_files):  # noqa: F811
         assert not missing and json.loads(files["tokenizer_config.json"])["model_max_length"] == 1024
         made = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
         assert made.encode(text).ids == cls().ids(text) and made.decode(cls().ids(text)) == text
+
+
+def test_the_goal_though_its_name_is_a_word_of_make():
+    done = subprocess.run(["make", f"PYTHON={sys.executable}", "export", "CELL=test_V9"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: there is no cell test_V9." in done.stderr
 
 
 def test_a_vocabulary_that_is_not_at_hand_is_said(monkeypatch):
