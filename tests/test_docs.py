@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from lib.config import defconfig_layers
+from lib.config import Study, defconfig_layers, load
 from lib.kconfig import Schema
 from tests.harness import copy_tree, run, run_here
 
@@ -156,15 +156,14 @@ def test_the_site_lists_every_symbol_with_its_default(site):
     assert "not part of a cell's identity" in text
 
 
-@pytest.mark.parametrize("fault, said", [("[gone](nowhere.md)", "nowhere.md"), ("[gone](#no-such-heading)", "no-such-heading")])
-def test_a_fault_of_a_page_ends_the_build(tmp_path, fault, said):
+def test_faults_of_a_page_end_the_build_and_are_named(tmp_path):
     pytest.importorskip("furo")
     tree = copy_tree(tmp_path / "tree")
     (tree / "docs").mkdir()
     (tree / "docs/conf.py").write_text((ROOT / "docs/conf.py").read_text())
-    (tree / "docs/index.md").write_text(f"# A page\n\n{fault}\n")
+    (tree / "docs/index.md").write_text("# A page\n\n[gone](nowhere.md)\n\n[another](#no-such-heading)\n")
     done = run("scripts.docs", tree=tree)
-    assert done.returncode == 2 and said in done.stderr and "try: " in done.stderr
+    assert done.returncode == 2 and all(word in done.stderr for word in ("index.md:3", "index.md:5", "error: ", "try: "))
     assert not (tree / "_site/index.html").exists()
 
 
@@ -196,3 +195,50 @@ def test_committed_results_are_small_and_of_few_forms():
     tools = ("bench-", "compile-", "slurm", "start", "torture")  # whose tables are no study's
     for folder in {p.parent for p in files if not p.parent.name.startswith(tools)}:
         assert {"report.md", "report.csv", "report.json"} <= {p.name for p in folder.iterdir()}, folder
+
+
+def block(page: str, kind: str, beginning: str) -> str:
+    """The one fenced block of a page of docs/ that begins so."""
+    (found,) = (text for text in re.findall(rf"^```{kind}\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.M | re.S)
+                if text.startswith(beginning))
+    return found
+
+
+def test_the_configuration_is_had_in_python_as_its_page_says():
+    exec(block("configuration.md", "python", "from lib.config"), {})
+
+
+def test_what_nanogpt_sets_has_a_symbol():
+    rows = re.findall(r"^\| (.+) \| (.+) \| .*\|$", (ROOT / "docs/migrating.md").read_text().split("**Data.**")[0], re.M)[2:]
+    named = {name for _, here in rows for name in re.findall(r"`([A-Z0-9_]+)`", here)}
+    assert len(rows) > 20 and named <= Schema().prompted
+
+
+def test_nanogpts_settings_are_a_study(tmp_path):
+    path = tmp_path / "my-study"
+    path.write_text(block("migrating.md", "", "# nanoGPT's train_gpt2.py"))
+    study = Study(config=path)
+    assert [a.where for a in study.base if "my-study" not in a.where] == [], "a line that is a default is no setting"
+    cfg = study.resolve("V0").config
+    sequences = cfg.BATCH_SIZE * cfg.GPT2_GRADIENT_ACCUMULATION
+    assert (sequences * cfg.GPT2_BLOCK_SIZE, cfg.GPT2_BIAS, cfg.GPT2_MAX_TIME, cfg.LEARNING_RATE) == (491520, False, 0, 6e-4)
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_a_checkpoint_of_nanogpt_comes_and_goes_as_its_page_says(tmp_path, monkeypatch, prefix):
+    import torch
+
+    from gpt2.model import GPT
+
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "bias": False}
+    model = GPT(load("gpt2-ra-ablation", "V0", {"MODEL_CUSTOM": True, "GPT2_N_LAYER": 2, "GPT2_N_HEAD": 2, "GPT2_N_EMBD": 32,
+                                                "GPT2_BLOCK_SIZE": 16, "GPT2_BIAS": False, "SEED": 7}))
+    held = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    held |= {f"{prefix}transformer.h.{layer}.attn.bias": torch.ones(1, 1, 16, 16).tril() for layer in range(2)}
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    torch.save({"model": held, "model_args": {**sizes, "vocab_size": 50304, "dropout": 0.0}, "iter_num": 3}, "out/ckpt.pt")
+    exec(block("migrating.md", "python", "import torch"), {})
+    back = torch.load("out/back.pt", weights_only=True)["model"]
+    assert back.keys() == model.state_dict().keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
