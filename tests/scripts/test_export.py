@@ -91,7 +91,8 @@ def test_tokenizers_split_text_as_training_did(gpt2_files):  # noqa: F811
 
 
 def test_the_goal_though_its_name_is_a_word_of_make():
-    done = subprocess.run(["make", f"PYTHON={sys.executable}", "export", "CELL=test_V9"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["make", f"PYTHON={sys.executable}", "export", "CELL=test_V9"], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 2 and "error: there is no cell test_V9." in done.stderr
 
 
