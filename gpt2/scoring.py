@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2.kv_cache import KVCache
 from lib.errors import UserError
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 ROWS = 32  # continuations side by side
 POSITIONS = 4096  # of them, padding included: their logits are the largest tensor, 0.8 GB of GPT-2's vocabulary
+
+# Without cuDNN's, which makes a plan for every length that it meets: 200 of them took longer than all the rest, ten times over.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 Pair = tuple[Sequence[int], Sequence[int]]
 
@@ -45,7 +49,7 @@ def log_likelihoods(model: "GPT", pairs: Sequence[Pair], rows: int = ROWS, autoc
     found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
     for batch in _batches(model.block_size, pairs, rows):
         numbers = [i for _, members in batch for i in members]
-        with autocast():
+        with autocast(), sdpa_kernel(KERNELS):
             scores = _score([context for context, _ in batch], [[pairs[i][1] for i in members] for _, members in batch], model)
         for i, score in zip(numbers, scores, strict=True):
             found[i] = score
