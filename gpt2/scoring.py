@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 ROWS = 32  # continuations side by side
 POSITIONS = 4096  # of them, padding included: their logits are the largest tensor, 0.8 GB of GPT-2's vocabulary
 
-# Without cuDNN's, which makes a plan for every length that it meets: 200 of them took longer than all the rest, ten times over.
+# Without cuDNN's, which makes a plan for every length that it meets: 800 pairs of some 200 lengths took 12 s in bfloat16 on an
+# H200, and 1.3 s in float32, which it does not do.
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 Pair = tuple[Sequence[int], Sequence[int]]
