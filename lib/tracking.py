@@ -1,14 +1,12 @@
 """The one event stream of a cell: rows of metrics, to metrics.jsonl and to a tracker.
 
 metrics.jsonl is the truth: one strict-JSON object a line, in order of iteration, flushed row by row. On resume the rows
-after the checkpoint are dropped, because they are computed again. A tracker is a listener; if it fails it is switched off
-with one warning, and the run goes on.
+after the checkpoint are dropped, because they are computed again. A tracker is a listener, in a process of its own
+(lib/trackers); if it fails it is switched off with one warning, and the run goes on.
 """
 
 import json
 import math
-import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,32 +91,14 @@ class NoLog:
         pass
 
 
-class Wandb:
-    """Weights & Biases; WANDB_MODE decides between online, offline and disabled (offline by default)."""
-
-    def __init__(self, cfg: "Config", folder: Path, provenance: dict):
-        import wandb
-
-        study, name = provenance["study"], folder.name
-        stable = f"{study}-{name}-{provenance['identity']['hash']}"  # a cell that is run anew is another run
-        self.run = wandb.init(project=cfg.TRACKER_PROJECT, group=study, job_type=provenance["step"], name=name,
-                              dir=str(folder), tags=[f"seed {cfg.SEED}"], config=cfg.as_json(),
-                              id=re.sub(r"[^A-Za-z0-9_-]", "-", stable), resume="allow",
-                              mode=os.environ.get("WANDB_MODE", "offline"))  # type: ignore[arg-type]  # whatever the user says
-
-    def log(self, values: dict) -> None:
-        self.run.log({k: v for k, v in values.items() if k != "iteration"}, step=values["iteration"])
-
-    def close(self) -> None:
-        self.run.finish()
-
-
 def open_tracker(cfg: "Config", folder: Path, provenance: dict) -> Any:
-    """The configured tracker, or None; a tracker that cannot start is a warning. `provenance` says which cell it is."""
+    """The configured trackers, or None; what cannot start is a warning. `provenance` says which cell it is."""
     if cfg.TRACKER == "none":
         return None
+    from lib import trackers
+
     try:
-        return {"wandb": Wandb}[cfg.TRACKER](cfg, folder, provenance)
+        return trackers.follow(cfg, folder, provenance)
     except Exception as error:
         print(f"warning: the tracker cannot start and is switched off: {error}", file=sys.stderr)
         return None

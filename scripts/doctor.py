@@ -305,21 +305,25 @@ def compiler(config: Any) -> Iterator[Line]:
 
 
 def tracker(config: Any) -> Iterator[Line]:
+    from lib import trackers
+
     if config.TRACKER == "none":
         yield Line("ok", "no tracker is configured")
-        return
-    if importlib.util.find_spec(config.TRACKER) is None:
-        yield Line("warning", f"{config.TRACKER} is not installed, so the run goes on without its tracker",
-                   f"pip install {config.TRACKER}, or choose no tracker in make menuconfig")
-        return
-    mode = os.environ.get("WANDB_MODE", "offline")
-    known = os.environ.get("WANDB_API_KEY") or Path("~/.netrc").expanduser().exists()
-    if config.TRACKER == "wandb" and mode == "online" and not known:
-        yield Line("warning", "WANDB_MODE=online, but nobody is logged in", "wandb login, or WANDB_MODE=offline")
-    elif config.TRACKER == "wandb" and mode not in ("online", "offline", "disabled"):
-        yield Line("problem", f"WANDB_MODE={mode} is no mode", "WANDB_MODE=offline, online or disabled")
-    else:
-        yield Line("ok", f"tracker {config.TRACKER}" + (f", {mode}" if config.TRACKER == "wandb" else ""))
+    for name in [] if config.TRACKER == "none" else dict.fromkeys(config.TRACKER.replace(",", " ").split()):
+        mode = trackers.mode(config, name)
+        known = os.environ.get("WANDB_API_KEY") or Path("~/.netrc").expanduser().exists()
+        if name not in trackers.ADAPTERS:
+            yield Line("problem", f"there is no tracker {name}", f"set TRACKERS to some of {', '.join(trackers.ADAPTERS)}")
+        elif mode != "disabled" and importlib.util.find_spec(name) is None:
+            yield Line("warning", f"{name} is not installed, so the run goes on without its tracker",
+                       f"pip install {name}, or choose no tracker in make menuconfig")
+        elif mode not in trackers.MODES:
+            yield Line("problem", f"WANDB_MODE={mode} is no mode", "WANDB_MODE=offline, online or disabled")
+        elif name == "wandb" and mode == "online" and not known:
+            yield Line("warning", "wandb is to be online, but nobody is logged in",
+                       "wandb login, or TRACKER_OFFLINE in make menuconfig (WANDB_MODE comes first)")
+        else:
+            yield Line("ok", f"tracker {name}, {mode if name == 'wandb' or mode == 'disabled' else 'on this machine'}")
 
 
 def cores(config: Any) -> Iterator[Line]:

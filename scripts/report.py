@@ -56,6 +56,14 @@ def main() -> int:
                         "make report OUT=folder with a folder you may write to.") from None
     print("\n" + text, end="")
     print(f"\nwritten to {shown(plan.out / 'report.md')}" + (f" ({left_out})" if left_out else ", .csv, .json, .html"))
+    if plan.study.config.TRACKER != "none":
+        from lib import trackers
+
+        try:
+            said = trackers.attach_report(plan.study.config, plan.out)
+        except OSError as error:  # the report is on disk, and a tracker stops nothing
+            said = f"warning: not attached to {plan.study.config.TRACKER}: {error}"
+        print(said or "", end="\n" if said else "")
     broken = failures(plan)
     if broken:
         print(f"without a result: {', '.join(broken)}; make resumes interrupted cells, make RETRY=1 runs failed ones again",

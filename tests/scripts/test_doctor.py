@@ -15,8 +15,8 @@ def lines(check, *arguments):
 
 
 def config(**symbols):
-    return SimpleNamespace(**{"DEVICE": "auto", "GPT2_COMPILE": True, "TRACKER": "none", "TOKENIZER": "gpt2", "CPU_THREADS": 1,
-                              "DATASET": "local"} | symbols)
+    return SimpleNamespace(**{"DEVICE": "auto", "GPT2_COMPILE": True, "TRACKER": "none", "TRACKER_MODE": "offline",
+                              "TOKENIZER": "gpt2", "CPU_THREADS": 1, "DATASET": "local"} | symbols)
 
 
 def only(found):
@@ -124,6 +124,15 @@ def test_the_tracker(monkeypatch, tmp_path, mode, key, level):
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
     assert only(lines(doctor.tracker, config(TRACKER="wandb")))[0] == "warning"
     assert only(lines(doctor.tracker, config()))[0] == "ok"
+
+
+def test_several_trackers_have_a_line_each(monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "trackio" else object())
+    found = lines(doctor.tracker, config(TRACKER="wandb trackio tensorboard aim"))
+    assert [(level, text.split()[0]) for level, text, _ in found] == [
+        ("ok", "tracker"), ("warning", "trackio"), ("ok", "tracker"), ("problem", "there")]
+    assert {line[0] for line in lines(doctor.tracker, config(TRACKER="trackio", TRACKER_MODE="disabled"))} == {"ok"}
 
 
 def test_gpt2s_vocabulary_is_known_by_its_hash(monkeypatch, tmp_path):

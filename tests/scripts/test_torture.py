@@ -484,6 +484,7 @@ WRITERS = {
     "scripts/report.py",
     "scripts/lm_eval.py",  # scores of finished cells, which are computed again
     "scripts/export.py",  # a finished cell once more, in a folder that appears whole or not at all
+    "lib/trackers/__init__.py",  # what a tracker goes by: without it there is a warning and no tracker
     "lib/report/page.py",  # a cache, which does without
     "scripts/claims.py", "scripts/diagramming/canvas.py",  # pages and pictures of the sources themselves
     "scripts/docs.py",  # a site that is built again
