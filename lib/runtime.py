@@ -39,7 +39,7 @@ MAKES_NO_NUMBER = (
     "gpt2/sample.py", "gpt2/decode_costs.py", "gpt2/hf_tokenizer.py",
     # Asks a trained model what downstream tasks ask.
     "gpt2/scoring.py", "gpt2/lm_eval_model.py", "lib/lm_eval_tasks.py",
-    # Reads the rows of a cell in processes of its own.
+    # Starts processes that read a cell's rows; a cell imports it where a tracker is configured.
     "lib/trackers",
 )
 # The same for modules that a cell does import: where fragments lie, how errors and failures are worded, who shares a device,

@@ -59,7 +59,7 @@ def follow(cfg: "Config", folder: Path, provenance: dict) -> "Followers | None":
     tags = [f"seed {cfg.SEED}", environment["device"], f"source {environment['source_hash']}"]
     _describe(folder, provenance["identity"]["hash"], generations.there(folder),
               project=cfg.TRACKER_PROJECT or provenance["study"],
-              group=group(folder.resolve().parent), job_type=provenance["step"], name=folder.resolve().name, tags=tags,
+              out=str(folder.resolve().parent), job_type=provenance["step"], name=folder.resolve().name, tags=tags,
               config=cfg.as_json(), modes={name: mode(cfg, name) for name in names})
     return Followers(names, folder, min(CLOSE_SECONDS, cfg.STOP_SECONDS / 2))
 
@@ -77,25 +77,13 @@ def attach_report(cfg: "Config", out: Path) -> str | None:
     if _read(out).get("attached") == digest.hexdigest():
         return None
     description = _describe(
-        out, "report", True, project=cfg.TRACKER_PROJECT or cfg.STUDY, group=group(out.resolve()), job_type="report",
+        out, "report", True, project=cfg.TRACKER_PROJECT or cfg.STUDY, out=str(out.resolve()), job_type="report",
         name=f"report of {out.resolve().name}", tags=[], config={"STUDY": cfg.STUDY},
         modes={name: mode(cfg, name) for name in names}, files=[str(file.resolve()) for file in files])
     if Followers(names, out, REPORT_SECONDS).close():
         atomic.write_json(out / NAME, description | {"attached": digest.hexdigest()})
         return f"attached to {' and '.join(names)}"
     return None
-
-
-def group(out: Path) -> str:
-    """The id of the matrix whose results are in `out`: its folder, and the hash of the plan that was first put on record."""
-    from lib import design
-    from lib.errors import UserError
-
-    try:
-        history = design.read(out)
-    except UserError:
-        history = []
-    return out.name + (f"-{history[0]['hash']}" if history else "")
 
 
 def _environment(cfg: "Config") -> dict[str, Any]:

@@ -78,11 +78,24 @@ class Watchdog:
 
 
 def description(folder: Path, tracker: str) -> Run:
-    """What tracker.json in `folder` says of the run, with the revision of the sources among the tags."""
+    """What tracker.json in `folder` says of the run, with the revision of the sources among a cell's
+    tags."""
     content = json.loads((folder / "tracker.json").read_bytes())
     tags = content["tags"] + ([f"revision {found}"] if content["tags"] and (found := revision()) else [])
-    return Run(folder, content["id"], content["project"], content["group"], content["job_type"], content["name"], tags,
-               content["config"], content["modes"][tracker], [Path(name) for name in content.get("files", ())])
+    return Run(folder, content["id"], content["project"], group(Path(content["out"])), content["job_type"], content["name"],
+               tags, content["config"], content["modes"][tracker], [Path(name) for name in content.get("files", ())])
+
+
+def group(out: Path) -> str:
+    """The id of the matrix whose results are in `out`: its folder, and the hash of the plan that was first on record."""
+    from lib import design
+    from lib.errors import UserError
+
+    try:
+        history = design.read(out)
+    except UserError:
+        history = []
+    return out.name + (f"-{history[0]['hash']}" if history else "")
 
 
 def revision() -> str | None:

@@ -40,7 +40,7 @@ class Tracker:
                 shown["page"] = self.wandb.Html(file.read_text(), inject=False)
             elif file.suffix == ".csv":
                 columns, *lines = csv.reader(file.read_text().splitlines())
-                shown["table"] = self.wandb.Table(columns=columns, data=lines)
+                shown["table"] = self.wandb.Table(columns=list(columns), data=lines)
         self.run.log(shown)
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lib import trackers
+from lib import design, trackers
 from lib.config import load
 from lib.tracking import MetricsLog, open_tracker
 from tests.harness import ROOT, run_here
@@ -111,7 +111,9 @@ def expected_points(rows):
 def test_every_tracker_holds_what_metrics_jsonl_holds_also_of_a_cell_that_went_on(cell, capfd):
     for name in ALL:
         pytest.importorskip(name)
-    (cell.parent / "plan.json").write_text("no plan")
+    (cell.parent / "plan").mkdir()
+    design.write(cell.parent, design.following([], design.content("V0", {"V0": "1", "V1": "2"}, [1337], 0.01, "fixed"), 0))
+    matrix = f"study-{design.read(cell.parent)[0]['hash']}"
     log = started(cell)
     log.row(iteration=10, train_loss_step=1 / 3, train_loss=None, learning_rate=1e-300)
     log.row(iteration=10, train_loss=2.75, val_loss=2.5, tokens=20_480, **{"p_recip/layer0": 0.25})  # an evaluation beside it
@@ -131,11 +133,11 @@ def test_every_tracker_holds_what_metrics_jsonl_holds_also_of_a_cell_that_went_o
     run, found = wandb_run(cell)
     assert found == rows
     assert (run.run_id, run.project, run.run_group, run.job_type, run.display_name) == (
-        first, "gpt2-ra-ablation+tiny", "study", "V0", "test_V0_adamwspam_none")
+        first, "gpt2-ra-ablation+tiny", matrix, "V0", "test_V0_adamwspam_none")
     assert "seed 1337" in run.tags and any(tag.startswith("source ") for tag in run.tags) and len(run.tags) >= 3
 
     (config, found), = trackio_runs(cell.parent)
-    assert found == rows and config["id"] == first and config["_Group"] == "study" and config["job_type"] == "V0"
+    assert found == rows and config["id"] == first and config["_Group"] == matrix and config["job_type"] == "V0"
     assert config["LEARNING_RATE"] == configured().LEARNING_RATE
 
     assert tensorboard_points(cell) == expected_points(rows)
