@@ -26,9 +26,11 @@ PICTURE = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlE
 
 
 @pytest.fixture(autouse=True)
-def no_mode_of_the_shell(monkeypatch):
+def surroundings(monkeypatch):
+    """No mode of the developer's shell; and time enough for a machine that runs other tests as well."""
     for name in ("WANDB_MODE", "TRACKIO_DIR"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 100.0)
 
 
 @pytest.fixture
