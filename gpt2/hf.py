@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gpt2.coupling import set_ra_mlp_coupling_scale
 from gpt2.function_class import PLAIN_ATTENTION, PLAIN_MLP, simplest
 from gpt2.model import GPT, padded_vocabulary
 from gpt2.rules import hidden_width
@@ -32,6 +33,13 @@ BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks, in older files
 GPT2 = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
         "tie_word_embeddings": True, "layer_norm_epsilon": 1e-5}
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # one function
+
+
+SIZES = ("n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size")
+
+
+def _is_size(value: Any, name: str) -> bool:
+    return value is None if name == "n_inner" and value is None else type(value) is int and value > 0
 
 
 def plain(model: GPT, cfg: "Config") -> GPT:
@@ -84,9 +92,12 @@ def read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
     UserError if it holds no GPT-2, or not what its configuration says.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError("reading a folder of transformers needs safetensors, which is not installed.",
+                        "pip install safetensors.") from None
     try:
         known = json.loads((folder / CONFIGURATION).read_text())
         kind = known.get("model_type")
@@ -98,6 +109,8 @@ def read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
                         f"{known.get('activation_function', 'gelu_new')!r}.", "give a folder with a GPT-2 of the tanh GELU.")
     if other := [f"{name} {known[name]!r}" for name, value in GPT2.items() if known.get(name, value) != value]:
         raise UserError(f"{shown(folder)} is no plain GPT-2: {', '.join(other)}.", "give a folder with a GPT-2 as released.")
+    if wrong := next((name for name in SIZES if name in known and not _is_size(known[name], name)), None):
+        raise UserError(f"{shown(folder / CONFIGURATION)} has {wrong} {known[wrong]!r}.", "copy it anew.")
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{shown(folder)} has no {WEIGHTS}; other files, and files in parts, are not read.",
                         "save it with save_pretrained(folder, safe_serialization=True, max_shard_size='100GB').")
@@ -118,6 +131,12 @@ def read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     if wrong:
         raise UserError(f"{shown(folder / WEIGHTS)} is not what {CONFIGURATION} beside it says: {wrong} is "
                         f"{list(found[wrong].shape) if wrong in found else 'missing'}.", "copy both anew.")
+    head = held.get("lm_head.weight")
+    if head is not None and not torch.equal(head.float(), found["transformer.wte.weight"]):
+        raise UserError(f"the head of {shown(folder)} is not its embedding, and here the two are one.",
+                        "give a GPT-2 with tied embeddings.")
+    if not all(torch.isfinite(tensor).all() for tensor in found.values()):
+        raise UserError(f"{shown(folder / WEIGHTS)} holds numbers that are not finite.", "give other weights.")
     return known, found
 
 
@@ -172,6 +191,8 @@ def start(model: GPT, folder: Path, cfg: "Config") -> list[str]:
     UserError if the folder does not fit `cfg`.
     """
     held = fitted(*read(folder), cfg, folder)
+    if "coupling" in model.controllers:
+        set_ra_mlp_coupling_scale(model, 0.0)  # as its schedule will at the first step: no gate acts, none is divided by
     own = {name: p.shape for name, p in model.named_parameters()}
     taken = {name: tensor for name, tensor in held.items() if own.get(name) == tensor.shape}
     for name, parameter in model.named_parameters():

@@ -213,6 +213,8 @@ def train_cell(folder: Path, cfg: "Config", provenance: dict) -> int:
     environment = runtime.environment(cfg, device, group.size)
     model = GPT(cfg)
     parent = load_parent(model, folder, provenance, cfg.INIT_FROM_STEP) if cfg.INIT_FROM_STEP else None
+    if parent and (digest := (parent["environment"] or {}).get("start_hash")):
+        environment["start_hash"] = digest
     if cfg.INIT_FROM_HF:
         environment["start_hash"] = start_from_files(model, cfg)
     model.to(device)

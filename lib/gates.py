@@ -19,11 +19,11 @@ def experiment(record: dict) -> dict:
     sizes = [get(name) for name in ("BATCH_SIZE", "GPT2_GRADIENT_ACCUMULATION")]
     world = (record["environment"] or {}).get("world_size") or 1
     counted = all(type(number) is int for number in (*sizes, world))
-    start = "drawn"
+    digest = (record["environment"] or {}).get("start_hash")  # of a child: what its parent began with
+    # A folder's name says little of what was in it.
+    start = f"the weights {str(digest)[:12]}" if digest or get("INIT_FROM_HF") else "drawn"
     if get("INIT_FROM_STEP") and not get("EVALUATE_ONLY"):
-        start = f"the trained {get('INIT_FROM_STEP')}"
-    elif get("INIT_FROM_HF"):  # a folder's name says little of what was in it
-        start = f"the weights {str((record['environment'] or {}).get('start_hash'))[:12]}"
+        start = f"the trained {get('INIT_FROM_STEP')}" + (f" of {str(digest)[:12]}" if digest else "")
     return {
         "training data": data.get("train_hash"), "evaluation data": data.get("eval_hash"),
         "tokenizer": data.get("tokenizer"),

@@ -114,6 +114,14 @@ class DirectionAttention(Directed, CausalSelfAttention):
         super().__init__(n_embd, n_head, dropout, bias, proj_std)
         self.fixed, self.direction = reciprocal, Direction() if reciprocal is None else None
 
+    def divide_gates(self) -> None:
+        """A reciprocal layer takes query and key rows under each other's names."""
+        if self.likelier():
+            for tensor in (self.c_attn.weight, self.c_attn.bias):
+                if tensor is not None:
+                    q, k, v = tensor.clone().chunk(3)
+                    tensor.copy_(torch.cat([k, q, v]))
+
     @classmethod
     def from_config(cls, cfg: "Config", layer: int = 0) -> Self:
         return cls(cfg.GPT2_N_EMBD, cfg.GPT2_N_HEAD, cfg.GPT2_DROPOUT, cfg.GPT2_BIAS, residual_std(cfg.GPT2_N_LAYER),

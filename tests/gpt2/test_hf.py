@@ -1,6 +1,7 @@
 """GPT-2 in transformers' files: the way there and back, who has no place in them, and steps that start from them."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ pytest.importorskip("safetensors")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from gpt2 import hf  # noqa: E402
+from gpt2.coupling import set_ra_mlp_coupling_scale  # noqa: E402
 from gpt2.model import GPT  # noqa: E402
 from tests.harness import refusal  # noqa: E402
 
@@ -80,15 +82,20 @@ def test_what_is_no_gpt2_is_refused(configuration, step, part):
     assert "model.pt" in then
 
 
-@pytest.mark.parametrize("step", ["V0", "V1", "V1T", "V3", "V4", "V6", "R1", "MLA0"])
-def test_a_step_that_starts_from_weights_computes_what_they_compute(configuration, tmp_path, idx, step):
-    """With its gates where its configuration starts them. V6's token gate starts at a factor of one."""
-    cfg, base = configuration(step), configuration("V0")
+@pytest.mark.parametrize("step, symbols", [
+    *((step, {}) for step in ("V0", "V1", "V1T", "V3", "V4", "V6", "R1", "MLA0", "RALATE1", "RAALL1", "RALEARN0")),
+    ("V2", {"COUPLING_WARMUP": True}), ("V3", {"COUPLING_DELAY": True}), ("V3", {"SKIP_GATES": True, "SKIP_START": "0.5"})])
+def test_a_step_that_starts_from_weights_computes_what_they_compute(configuration, tmp_path, idx, step, symbols):
+    """With its gates where its configuration starts them. V6's token gate starts at a factor of one, a coupling schedule at
+    no gate at all."""
+    cfg, base = configuration(step, **symbols), configuration("V0")
     source = shaken(base)
     folder = write(tmp_path / "hf", source, base)
     model, drawn = GPT(cfg), GPT(cfg)
     own = hf.start(model, folder, cfg)
     assert all(torch.equal(p, q) for (n, p), q in zip(model.named_parameters(), drawn.parameters(), strict=True) if n in own)
+    if "coupling" in model.controllers:
+        set_ra_mlp_coupling_scale(model, 0.0)
     apart = (logits(model, idx) - logits(source, idx)).abs().max()
     if step in ("V1T", "MLA0"):
         assert any(".attn." in name for name in own) and apart > 0.1, "tied rows and latents hold no free ones"
@@ -139,3 +146,23 @@ def test_a_folder_that_does_not_fit_is_refused(configuration, tmp_path):
     masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 32, 32) for i in range(2)}
     save_file({n.removeprefix("transformer."): t for n, t in held.items()} | masks, folder / hf.WEIGHTS)
     assert hf.start(GPT(base), folder, base) == []
+
+
+def test_weights_that_are_no_plain_gpt2_are_refused(configuration, tmp_path, monkeypatch):
+    cfg = configuration("V0")
+    folder = write(tmp_path / "hf", shaken(cfg), cfg)
+    held = {name: tensor.clone() for name, tensor in load_file(folder / hf.WEIGHTS).items()}
+    wte = held["transformer.wte.weight"]
+
+    def said(changed, **more):
+        save_file(changed, folder / hf.WEIGHTS)
+        (folder / hf.CONFIGURATION).write_text(json.dumps(hf.configuration(cfg, 0, **more)))
+        return refusal(hf.read, folder)[0]
+
+    assert said(held | {"lm_head.weight": wte + 1}) == f"the head of {folder} is not its embedding, and here the two are one."
+    assert said(held | {"transformer.ln_f.bias": torch.full((cfg.GPT2_N_EMBD,), float("nan"))}) == (
+        f"{folder}/model.safetensors holds numbers that are not finite.")
+    for size in ("2", 0, True, 2.0):
+        assert said(held, n_layer=size) == f"{folder}/config.json has n_layer {size!r}."
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    assert said(held) == "reading a folder of transformers needs safetensors, which is not installed."

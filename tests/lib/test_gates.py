@@ -41,6 +41,17 @@ def test_two_starts_from_files_are_told_apart_by_what_was_in_them():
     assert broken(arm, arm) == []
 
 
+def test_a_child_began_with_what_its_parent_began_with():
+    began = {"environment__start_hash": "a" * 64}
+    arm, reference = ({seed: record(3 + seed / 100, **began, **{f"configuration__{name}": value}) for seed in (1, 2, 3)}
+                      for name, value in (("INIT_FROM_STEP", "V19"), ("INIT_FROM_HF", "/hf")))
+    assert broken(arm, reference) == [
+        "start differs: V0 seed 1 has 'the weights aaaaaaaaaaaa', V1 seed 1 'the trained V19 of aaaaaaaaaaaa'"]
+    for cell in arm.values():
+        cell["configuration"]["EVALUATE_ONLY"] = True
+    assert broken(arm, reference) == []
+
+
 def test_equal_arms_pass():
     assert broken(*arms()) == [] and broken(*arms(), paired=False) == []
 
