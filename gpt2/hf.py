@@ -164,10 +164,11 @@ def fitted(known: dict, held: dict[str, torch.Tensor], cfg: "Config", folder: Pa
 
     A padding row is the mean of the others: pretrained logits lie far below zero, where a fresh row would not.
     """
-    sizes = {"n_layer": cfg.GPT2_N_LAYER, "n_head": cfg.GPT2_N_HEAD, "n_embd": cfg.GPT2_N_EMBD, "vocab_size": cfg.VOCAB_SIZE}
-    defaults = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257}
+    sizes = {"n_layer": cfg.GPT2_N_LAYER, "n_head": cfg.GPT2_N_HEAD, "n_embd": cfg.GPT2_N_EMBD, "vocab_size": cfg.VOCAB_SIZE,
+             "n_inner": hidden_width(cfg)}
+    defaults = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "n_inner": 4 * cfg.GPT2_N_EMBD}
     for name, wanted in sizes.items():
-        if (there := known.get(name, defaults[name])) != wanted:
+        if (there := known.get(name) or defaults[name]) != wanted:
             raise UserError(f"{shown(folder)} has {name} {there}, and this configuration {wanted}.",
                             "choose sizes and a data set's vocabulary that are those of the weights.")
     wte, wpe = held["transformer.wte.weight"], held["transformer.wpe.weight"]

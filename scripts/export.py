@@ -103,8 +103,10 @@ def by_transformers(folder: Path, idx: "torch.Tensor") -> "torch.Tensor | None":
 def write(folder: Path, cfg: "Config", model: "GPT", record: dict, target: Path) -> bool:
     """Fill the empty folder `target`; whether transformers has been asked too."""
     import torch
-    from safetensors.torch import save_file
-
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError("make export needs safetensors, which is not installed.", "pip install safetensors.") from None
     from gpt2 import hf, hf_tokenizer
     from gpt2.function_class import key, simplest
     from gpt2.model import GPT

@@ -126,6 +126,7 @@ def test_a_folder_that_does_not_fit_is_refused(configuration, tmp_path):
     assert said(where=tmp_path / "empty") == f"{tmp_path}/empty holds no config.json that can be read (FileNotFoundError)."
     assert said(GPT2_BLOCK_SIZE=64) == f"{folder} has 32 positions, fewer than GPT2_BLOCK_SIZE=64."
     assert said(MODEL_CUSTOM=True, GPT2_N_LAYER=1) == f"{folder} has n_layer 2, and this configuration 1."
+    assert said(GPT2_MLP_EXPANSION=2) == f"{folder} has n_inner 512, and this configuration 256."
     assert said(GPT2_BIAS=False) == f"{folder} has biases (transformer.h.0.attn.c_attn.bias), and GPT2_BIAS is off."
     known = json.loads((folder / hf.CONFIGURATION).read_text())
     for change, what in (({"model_type": "llama"}, f"{folder} is not GPT-2: model_type 'llama', activation 'gelu_new'."),
