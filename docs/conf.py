@@ -19,7 +19,7 @@ author = "kablate contributors"
 copyright = "kablate contributors, MIT licence"
 extensions = ["myst_parser"]
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/**.md"]
+include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**.md"]
 exclude_patterns = [".*", "_site", "data", "defconfigs", "gpt2", "lib", "runs", "scripts", "test_matrix_results", "tests",
                     "wandb", "**/__pycache__"]
 
@@ -47,6 +47,4 @@ def fill_in(app: Any, docname: str, source: list[str]) -> None:
 
 def setup(app: Any) -> dict[str, bool]:
     app.connect("source-read", fill_in)
-    # Of the reference not only its own text is the source.
-    app.connect("env-get-outdated", lambda *_: ["docs/symbols"])
     return {"parallel_read_safe": True}

@@ -82,8 +82,9 @@ def build(out: Path = SITE) -> Path:
         raise UserError(f"the manual needs {error.name}, which is not installed.",
                         "pip install sphinx myst-parser furo, or make setup.") from None
     said = io.StringIO()
+    # All pages every time: Sphinx says nothing again of a page that it has read before, faults included.
     arguments = ["--builder", "html", "--conf-dir", str(ROOT / "docs"), "--doctree-dir", str(out / ".doctrees"), "--quiet",
-                 "--fail-on-warning", str(ROOT), str(out)]
+                 "--fresh-env", "--write-all", "--fail-on-warning", str(ROOT), str(out)]
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         failed = build_main(arguments)
     if failed:
