@@ -27,6 +27,7 @@ from lib.paths import ROOT, shown
 from lib.steps import step_path
 
 DEFAULT_STUDY = "gpt2-ra-ablation+tiny"
+OF_MAKE = ("SEED", "SEEDS", "MAX_SEEDS", "JOBS", "STUDY")  # symbols that are variables of the Makefile too
 STEP_SPEC = re.compile(r"([A-Za-z][A-Za-z0-9_]*)(?:@(.+))?")
 # What describes the study as a whole; in a step it would be silently without effect.
 OF_THE_STUDY = ("SEED", "SEEDS", "STUDY", "ABLATION_STEPS", "BASELINE", "OPTIMIZERS", "OUTPUT_DIR", "MARGIN", "CONTROL_STEPS",
@@ -212,7 +213,12 @@ class Study:
 
 
 def announce(study: Study) -> None:
-    """Say so when there is no .config and the default study is used."""
+    """Say so when there is no .config and the default study is used. UserError for a symbol that stands on make's command
+    line, where make would take it for a variable that nobody asks for."""
+    given = re.findall(r"(?<!\\) (\w+)=", " " + os.environ.get("MAKEFLAGS", "").partition("-- ")[2])
+    if idle := [name for name in given if name in study.schema.symbols and name not in (*BUDGET, *OF_MAKE)]:
+        raise UserError(f"{idle[0]}= does nothing on make's command line: it is a symbol of the configuration.",
+                        "set it in make menuconfig; for one step, ABLATION_STEPS takes STEP@SYMBOL=VALUE.")
     if study.is_fallback:
         print(f"no .config: using the study {DEFAULT_STUDY} (make list-defconfigs shows the others)", file=sys.stderr)
 

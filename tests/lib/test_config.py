@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lib.config import Config, Study, defconfig_layers, environment_overrides, identity_changes, load, parse_step
+from lib.config import Config, Study, announce, defconfig_layers, environment_overrides, identity_changes, load, parse_step
 from lib.errors import UserError
 from lib.kconfig import Assignment, Schema, read_layer
 from lib.steps import step_files, step_header, step_path
@@ -340,3 +340,16 @@ def test_any_dotconfig_holds_what_it_says_or_is_refused(tmp_path_factory, text):
     SCHEMA.apply(found.base, verify=False)
     for a in read_layer(path):
         assert SCHEMA.symbols[a.name].str_value == a.value
+
+
+@pytest.mark.parametrize("flags, idle", [
+    (" -- ABLATION_STEPS=V0\\ V1@RA_R=8 OUT=/x", "ABLATION_STEPS"), ("-- BATCH_SIZE=4", "BATCH_SIZE"),
+    (" -j2 --jobserver-auth=3,4 -- PROMPT=a\\ BATCH_SIZE=1 SEEDS=3 JOBS=2 GPT2_MAX_ITERS=5 STUDY=x", None), ("n", None), ("", None)])
+def test_a_symbol_on_makes_command_line_is_refused_and_not_ignored(monkeypatch, dotconfig, flags, idle):
+    dotconfig()
+    monkeypatch.setenv("MAKEFLAGS", flags)
+    if idle is None:
+        return announce(Study())
+    assert refusal(announce, Study()) == (
+        f"{idle}= does nothing on make's command line: it is a symbol of the configuration.",
+        "set it in make menuconfig; for one step, ABLATION_STEPS takes STEP@SYMBOL=VALUE.")
