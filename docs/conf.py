@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scripts.docs import SYMBOLS_HERE, symbols  # noqa: E402  # found by the line before
+from scripts.docs import FORMULAS_HERE, SYMBOLS_HERE, formulas, symbols  # noqa: E402  # found by the line before
 
 project = "kablate"
 author = "kablate contributors"
@@ -41,8 +41,9 @@ suppress_warnings = ["myst.header"]
 
 def fill_in(app: Any, docname: str, source: list[str]) -> None:
     """Put what is known only of this tree into the page that has a place for it."""
-    if SYMBOLS_HERE in source[0]:
-        source[0] = source[0].replace(SYMBOLS_HERE, symbols())
+    for place, made in ((SYMBOLS_HERE, symbols), (FORMULAS_HERE, formulas)):
+        if place in source[0]:
+            source[0] = source[0].replace(place, made())
 
 
 def setup(app: Any) -> dict[str, bool]:

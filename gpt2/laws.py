@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SMALL = {"GPT2_N_LAYER": 2, "VOCAB_SIZE": 512, "GPT2_BLOCK_SIZE": 32, "STREAMS": 0}
 BATCH = 1  # `causality` adds rows, and so shows that rows do not see each other
 TOLERANCE = 2e-5  # of logits of size 1, between two orders of float32 sums
+SEQUENCES = 16  # after how many of them what has no gradient is dead
 CHUNKS = (9, 1, 1, 7)  # cached decoding: a prompt, single tokens, a chunk on a prefix, then the rest
 
 
@@ -135,13 +136,33 @@ def decoding(s: Subject) -> str | None:
 
 
 def gradients(s: Subject) -> str | None:
-    """Every parameter gets a finite gradient, in every row; declared exceptions are elements that cannot get one."""
-    exempt = {f"{prefix}.{name}": part for prefix, module in s.model.named_modules() if hasattr(module, "dead_elements")
-              for name, part in module.dead_elements().items()}
+    """Every parameter gets a finite gradient, in every row; declared exceptions are elements that cannot get one.
+
+    A feature behind a ReLU may be off for all tokens of so short a sequence. For other tokens, or the negative of their
+    embeddings, it is on; what has no gradient from any of them is dead.
+    """
+    embeddings = [s.model.transformer.wte.weight, s.model.transformer.wpe.weight]
+    kept = [weight.detach().clone() for weight in embeddings]
     s.model.train()
     torch.manual_seed(0)
-    s.model(s.x, s.y)[1].backward()
-    for name, p in s.model.named_parameters():
+    for sequence in range(SEQUENCES):
+        x, y = ((tokens + sequence) % s.small.VOCAB_SIZE for tokens in (s.x, s.y))
+        s.model(x, y)[1].backward()  # adds to the gradients so far
+        sentence = without_gradient(s.model)
+        if sentence is None:
+            break
+        with torch.no_grad():
+            torch._foreach_neg_(embeddings)
+    with torch.no_grad():
+        torch._foreach_copy_(embeddings, kept)
+    return sentence
+
+
+def without_gradient(model: torch.nn.Module) -> str | None:
+    """The first parameter of the model that has no gradient, or none in some row, but for declared exceptions."""
+    exempt = {f"{prefix}.{name}": part for prefix, module in model.named_modules() if hasattr(module, "dead_elements")
+              for name, part in module.dead_elements().items()}
+    for name, p in model.named_parameters():
         if p.grad is None:
             return f"{name} receives no gradient"
         if not torch.isfinite(p.grad).all():

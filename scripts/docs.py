@@ -1,4 +1,5 @@
-"""Build the manual as a site, from README.md, docs/ and the Kconfig files; print where its first page is.
+"""Build the manual as a site, from README.md, docs/, the Kconfig files and the docstrings of mechanisms; print where its first
+page is.
 
 Warnings are errors: a link or an anchor that leads nowhere, a page that no list of contents holds. Nothing is fetched.
 """
@@ -13,11 +14,14 @@ import kconfiglib
 
 from lib import atomic
 from lib.errors import UserError, reported
+from lib.formulas import formula_of
 from lib.kconfig import Schema
 from lib.paths import ROOT, shown
 
 SITE = ROOT / "_site"
 SYMBOLS_HERE = "<!-- the symbols -->"  # the place in docs/symbols.md
+FORMULAS_HERE = "<!-- the formulas -->"  # the place in docs/formulas.md
+MODULES = ("gpt2/attention", "gpt2/mlp", "gpt2")  # folders of modules that state what they compute
 KINDS = {"bool": "y or n", "int": "whole number", "float": "number", "ratio": "ratio, or whole number >= 1", "str": "text"}
 FIRST_PAGE = """<!doctype html>
 <meta charset="utf-8">
@@ -72,6 +76,18 @@ def sentence(text: str | None) -> str:
     """A help text on one line, with what Markdown would take for markup left as it is."""
     line = " ".join((text or "").split())
     return "".join(f"\\{c}" if c in "*_<>[]`|~$" else c for c in line)
+
+
+def formulas() -> str:
+    """Title and formulas of every module that states some as Markdown, a section each."""
+    lines: list[str] = []
+    for path in (path for folder in MODULES for path in sorted((ROOT / folder).glob("*.py"))):
+        found = formula_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        if any(" = " in text for text in (found.title, *found.paragraphs)):  # not what shows a command
+            lines.extend([f"## {found.where}", "", sentence(found.title), ""])
+            for formula in found.paragraphs:
+                lines.extend(["```text", formula, "```", ""])
+    return "\n".join(lines)
 
 
 def build(out: Path = SITE) -> Path:

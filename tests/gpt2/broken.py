@@ -101,3 +101,10 @@ class Shrinking(MLP):
 
     def collapse(self):
         return MLP(self.c_fc.in_features, self.d_ff // 2)
+
+
+class ReluMLP(MLP):
+    """Has no defect: a feature that is off for every token of one sequence is on for tokens of another."""
+
+    def forward(self, x, attended=None):
+        return self.c_proj(torch.relu(self.c_fc(x)))

@@ -2,7 +2,8 @@
 
 import pytest
 
-from gpt2.laws import Subject, broken_laws
+from gpt2.laws import SMALL, Subject, broken_laws, gradients, without_gradient
+from lib.config import load
 from lib.steps import step_files, step_header
 
 FILES = step_files()
@@ -42,6 +43,16 @@ def test_a_planted_defect_breaks_its_law(configuration, reference, kind, name, l
     cfg = configuration("V0", GPT2_BLOCK_SIZE=32).replace(**{f"{kind}_CLASS": f"tests.gpt2.broken:{name}"})
     broken = broken_laws(Subject("X", cfg, None, reference))
     assert any(sentence.startswith(law) for sentence in broken), broken
+
+
+def test_features_that_one_sequence_leaves_off_are_not_dead():
+    """At full width some features behind a ReLU see no token of a sequence on their positive side."""
+    cfg = load("gpt2-ra-ablation", "V0").replace(MLP_CLASS="tests.gpt2.broken:ReluMLP", GPT2_N_LAYER=1)
+    subject = Subject("X", cfg, depth=SMALL | {"GPT2_N_LAYER": 1})
+    subject.model.train()(subject.x, subject.y)[1].backward()
+    assert "rows of transformer.h.0.mlp.c_fc.weight receive no gradient" in without_gradient(subject.model)
+    subject.model.zero_grad()
+    assert gradients(subject) is None
 
 
 def test_a_disguised_baseline_is_refused_unless_declared(configuration, reference):
