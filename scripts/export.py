@@ -32,11 +32,13 @@ TOLERANCE = 1e-4  # of a logit, relative to the largest: weights are rounded onc
 TOKENS = 128  # of the two random sequences on which logits are compared
 
 
-def verdict(folder: Path, step: str) -> str:
-    """What the report of the cell's study, beside its folder, says of the step."""
+def verdict(folder: Path, record: dict) -> str:
+    """What the report of the cell's study, beside its folder, says of the arm that the cell is of: its step under its
+    optimizer, which a study may have several of."""
+    step = record["step"]
     try:
         report = json.loads((folder.parent / "report.json").read_text())
-        found = next(one for one in report["steps"] if one["step"] == step and one["tuned"] is None)
+        found = next(one for one in report["steps"] if any(cell["name"] == folder.name for cell in one["cells"]))
         if found["is_baseline"]:
             return f"{step} is the baseline of the study {report['title']}: the others are compared with it."
         return f"{found['comparison']['sentence']} (study {report['title']})"
@@ -52,16 +54,19 @@ def card(folder: Path, record: dict, cfg: "Config", known: dict, tokenizer: str)
     except UserError:  # a step of another version
         described = None
     function = known["function_class"]
+    budget = next(f"{value} {unit}" for value, unit in (
+        (cfg.GPT2_MAX_TIME, "s"), (cfg.GPT2_MAX_ITERS, "iterations"), (cfg.GPT2_MAX_TOKENS, "tokens")) if value)
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [gpt2, kablate]", "---", "",
         f"# {step}{f': {described}' if described else ''}", "",
         f"A GPT-2 of {sum(known['parameters'].values()):,} parameters, trained as one cell of an ablation study by kablate. It "
         "is evidence for or against a mechanism, not a model for use.", "",
-        f"**Verdict.** {verdict(folder, step)}", "",
+        f"**Verdict.** {verdict(folder, record)}", "",
         "| | |", "|---|---|",
         f"| study, step, seed | {record['study']}, {step}, {record['seed']} |",
         f"| function class | {function} |",
         f"| validation loss | {record['val_loss']:.4f} nats a token (perplexity {record['val_perplexity']:.2f}) |",
+        f"| budget | {budget} |",
         f"| trained on | {record['tokens']:,} tokens of {data.get('name')} ({data.get('tokenizer')} tokens), "
         f"{record['train_seconds']:.0f} s |",
         f"| optimizer | {record['optimizer']} |",

@@ -10,9 +10,11 @@ import torch
 pytest.importorskip("safetensors")
 from gpt2 import hf, hf_tokenizer, sample, trained  # noqa: E402
 from gpt2.model import GPT  # noqa: E402
-from lib import checkpoint  # noqa: E402
+from lib import checkpoint, results  # noqa: E402
 from lib.cells import expand  # noqa: E402
 from lib.config import Study  # noqa: E402
+from lib.plan import Options, Plan  # noqa: E402
+from lib.report.content import content  # noqa: E402
 from scripts import export  # noqa: E402
 from tests.harness import ROOT, finish, refusal, snapshot  # noqa: E402
 from tests.lib.data.conftest import gpt2_files  # noqa: E402, F401 a fixture
@@ -38,14 +40,17 @@ def cells(dotconfig, tmp_path):
 def test_a_cell_by_its_name_with_its_card_and_tokenizer(cells, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export, "by_transformers", lambda folder, idx: None)
     (tmp_path / "out/report.json").write_text(json.dumps({"title": "mine", "steps": [
-        {"step": "V1", "tuned": None, "is_baseline": False, "comparison": {"sentence": "V1 vs V0: -0.1 nats: BETTER."}}]}))
+        {"step": "V1", "tuned": None, "is_baseline": False, "cells": [{"name": name}], "comparison": {"sentence": sentence}}
+        for name, sentence in (("test_V1_adamw_none", "V1 vs V0: +0.1 nats: WORSE."),  # of another optimizer
+                               (cells["V1"].name, "V1 vs V0: -0.1 nats: BETTER."))]}))
     export.main([cells["V1"].name])
     made = cells["V1"] / "hf"
     assert {p.name for p in made.iterdir()} >= {"model.safetensors", "config.json", "README.md"}
     assert "read back here (transformers is not installed)" in capsys.readouterr().out
     card = (made / "README.md").read_text()
     assert "**Verdict.** V1 vs V0: -0.1 nats: BETTER. (study mine)" in card
-    assert "# V1: unified reciprocal attention" in card and "3.2500 nats" in card and "is folded into the weights" in card
+    assert "# V1: unified reciprocal attention" in card and "3.2500 nats" in card
+    assert "| budget | 4 iterations |" in card and "is folded into the weights" in card
     cfg = Study(config=cells["V1"] / ".config").config
     again = GPT(cfg)
     assert [name for name in hf.start(again, made, cfg) if "gate" not in name] == []
@@ -53,6 +58,21 @@ def test_a_cell_by_its_name_with_its_card_and_tokenizer(cells, tmp_path, capsys,
     with torch.no_grad():
         ours, theirs = (model.eval()(idx)[0][..., :256] for model in (again, trained.load(cells["V1"], cfg)))
     assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_the_verdict_is_that_of_the_report_for_the_cells_own_optimizer(dotconfig, tmp_path):
+    dotconfig(*CONFIG, 'OPTIMIZERS="adamw adamwspam"', 'SEEDS="1 2 3"', f'OUTPUT_DIR="{tmp_path}/out"')
+    for number, cell in enumerate(expand(Study())):
+        finish(tmp_path / "out", cell, val_loss=3 + number ** 2 / 100)
+    report = content(Plan(Options()))
+    (tmp_path / "out/report.json").write_text(json.dumps(report))
+    said = {}
+    for row in report["steps"]:
+        for cell in row["cells"]:
+            folder = tmp_path / "out" / cell["name"]
+            said[folder.name] = export.verdict(folder, results.read(folder))
+            assert row["is_baseline"] or row["comparison"]["sentence"] in said[folder.name]
+    assert len(said) == 18 and len(set(said.values())) == 5  # one an arm, whatever the seed; both baselines have the same
 
 
 def test_transformers_is_asked_where_it_is_installed(cells, tmp_path, capsys):
@@ -88,6 +108,14 @@ def test_tokenizers_split_text_as_training_did(gpt2_files):  # noqa: F811
         assert not missing and json.loads(files["tokenizer_config.json"])["model_max_length"] == 1024
         made = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
         assert made.encode(text).ids == cls().ids(text) and made.decode(cls().ids(text)) == text
+
+
+def test_without_the_package_one_sentence_says_so(cells, tmp_path, monkeypatch):
+    before = snapshot(tmp_path)
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert refusal(export.main, [cells["V0"].name])[0] == "make export needs safetensors, which is not installed."
+    assert snapshot(tmp_path) == before
 
 
 def test_the_goal_though_its_name_is_a_word_of_make():
