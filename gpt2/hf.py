@@ -35,11 +35,12 @@ GPT2 = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "a
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # one function
 
 
+LARGEST = 1_000_000  # of a size: a file may say anything
 SIZES = ("n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size")
 
 
 def _is_size(value: Any, name: str) -> bool:
-    return value is None if name == "n_inner" and value is None else type(value) is int and value > 0
+    return name == "n_inner" and value is None or type(value) is int and 0 < value <= LARGEST
 
 
 def plain(model: GPT, cfg: "Config") -> GPT:

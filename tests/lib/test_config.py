@@ -344,12 +344,14 @@ def test_any_dotconfig_holds_what_it_says_or_is_refused(tmp_path_factory, text):
 
 @pytest.mark.parametrize("flags, idle", [
     (" -- ABLATION_STEPS=V0\\ V1@RA_R=8 OUT=/x", "ABLATION_STEPS"), ("-- BATCH_SIZE=4", "BATCH_SIZE"),
-    (" -j2 --jobserver-auth=3,4 -- PROMPT=a\\ BATCH_SIZE=1 SEEDS=3 JOBS=2 GPT2_MAX_ITERS=5 STUDY=x", None), ("n", None), ("", None)])
+    (" -j2 --jobserver-auth=3,4 -- PROMPT=a\\ BATCH_SIZE=1 SEEDS=3 JOBS=2 GPT2_MAX_ITERS=5 STUDY=x", None), ("n", None),
+    ("", None)])
 def test_a_symbol_on_makes_command_line_is_refused_and_not_ignored(monkeypatch, dotconfig, flags, idle):
     dotconfig()
     monkeypatch.setenv("MAKEFLAGS", flags)
     if idle is None:
-        return announce(Study())
+        announce(Study())
+        return
     assert refusal(announce, Study()) == (
         f"{idle}= does nothing on make's command line: it is a symbol of the configuration.",
         "set it in make menuconfig; for one step, ABLATION_STEPS takes STEP@SYMBOL=VALUE.")
