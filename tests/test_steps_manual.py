@@ -86,5 +86,5 @@ def test_symbols_files_and_metrics_named_in_the_text_exist():
     assert metrics <= code and all(f'"{name}"' in sources for name in metrics)
 
 
-def test_no_line_is_longer_than_128_characters():
-    assert [line for line in PAGE.splitlines() if len(line) > 128] == []
+def test_no_line_but_a_pictures_is_longer_than_128_characters():
+    assert [line for line in PAGE.splitlines() if len(line) > 128 and not line.startswith("[![")] == []

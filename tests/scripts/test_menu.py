@@ -33,7 +33,7 @@ def test_a_symbol_is_found_explained_changed_and_saved(dotconfig, goal):
         terminal.type("\r", "(int)")
         terminal.type("\x7f8\r", "(8) Reciprocal channels per head (R)")
         terminal.type("s", "Filename to save configuration to")
-        terminal.type("\r", f"Configuration saved to '{path}'")
+        terminal.type("\r", "Success")  # the path below it may be wider than the screen
         assert Study().resolve().config.RA_R == 8, "saved while the menu is still open"
         terminal.type("\rq")  # out of the message, out of the menu: nothing is left to ask
         assert terminal.end() == 0
