@@ -98,7 +98,7 @@ $(STEP_TOOLS) $(TOOLS): $(SETUP)
 
 # make V3 runs V3; make plan V3 and make check V3 only look at it.
 .PHONY: $(STEP_GOALS)
-$(STEP_GOALS): $(if $(filter slurm% cells tune-lr sample $(STEP_TOOLS),$(MAKECMDGOALS)),,run)
+$(STEP_GOALS): $(if $(filter slurm% cells tune-lr sample $(STEP_TOOLS) $(filter-out data,$(TOOLS)),$(MAKECMDGOALS)),,run)
 	@:
 
 plan: ## list the study's cells, their state, and why each would run

@@ -73,8 +73,9 @@ def _batches(block: int, pairs: Sequence[Pair], rows: int) -> Iterator[list[tupl
     longest = {context: max(len(pairs[i][1]) for i in members) for context, members in shared.items()}
     batch: list[tuple[tuple[int, ...], list[int]]] = []
     for context in sorted(shared, key=lambda c: (-len(c), -longest[c], c)):
-        for start in range(0, len(shared[context]), rows):
-            members = shared[context][start:start + rows]
+        most = max(1, min(rows, POSITIONS // longest[context]))
+        for start in range(0, len(shared[context]), most):
+            members = shared[context][start:start + most]
             if batch:
                 count = sum(len(m) for _, m in batch) + len(members)
                 width = max(longest[c] for c, _ in [*batch, (context, members)])

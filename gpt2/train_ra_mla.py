@@ -216,7 +216,7 @@ def train_cell(folder: Path, cfg: "Config", provenance: dict) -> int:
     if parent and (digest := (parent["environment"] or {}).get("start_hash")):
         environment["start_hash"] = digest
     if cfg.INIT_FROM_HF:
-        environment["start_hash"] = start_from_files(model, cfg)
+        environment["start_hash"] = start_from_files(model, cfg, folder)
     model.to(device)
     if cfg.GPT2_COMPILE:
         compiler.join()
@@ -326,17 +326,25 @@ def read_provenance(folder: Path) -> dict:
         raise UserError(f"{folder}/provenance.json cannot be read: {error}.", "run the cell through make.") from None
 
 
-def start_from_files(model: Any, cfg: "Config") -> str:
-    """Start from the weights in INIT_FROM_HF; their sha256."""
+def start_from_files(model: Any, cfg: "Config", cell: Path) -> str:
+    """Start from the weights in INIT_FROM_HF; their sha256. A cell that goes on from a checkpoint has started already, from
+    what was there then."""
     from gpt2 import hf
+    from lib import atomic, generations
     from lib.data.files import repo_path
     from lib.paths import shown
 
+    begun = cell / "start.json"
+    if generations.there(cell) and begun.is_file():
+        return json.loads(begun.read_text())["sha256"]
     folder = repo_path(cfg.INIT_FROM_HF)
     own = hf.start(model, folder, cfg)
-    kept = f"; {len(own)} tensors keep their own start: {' '.join(own[:4])} ..." if own else ""
+    kept = f"; {len(own)} tensors keep their own start: {' '.join(own)}" if own else ""
     print(f"starts from {shown(folder)}{kept}", flush=True)
-    return hf.digest(folder)
+    digest = hf.digest(folder)
+    if not ranks.number():
+        atomic.write_json(begun, {"sha256": digest})
+    return digest
 
 
 def load_parent(model: "torch.nn.Module", folder: Path, provenance: dict, step: str) -> dict:

@@ -124,15 +124,17 @@ def expand(study: Study, seeds: Sequence[int] | None = None, steps: list[str] | 
     return cells
 
 
-def counterbalanced(cells: list[Cell], jobs: int) -> list[Cell]:
+def counterbalanced(cells: list[Cell], jobs: int, one_seed: bool = False) -> list[Cell]:
     """These cells in the order in which they are started: seed by seed, and where `jobs` run side by side, each seed's arms
     begin some places later than those of the seed before.
 
     The GPUs of a box are taken in turn, and two of one model differ by some per cent in speed. In the order of the study an
-    arm could have the same one at every seed, and a difference between GPUs would be read as one between steps.
+    arm could have the same one at every seed, and a difference between GPUs would be read as one between steps. With
+    `one_seed` only one seed of these runs now, and begins with the first GPU again.
     """
     arms, seeds = (list(dict.fromkeys(map(of, cells))) for of in (lambda c: (c.step, c.optimizer), lambda c: c.seed))
     shift = min(range(max(1, min(jobs, len(arms)))), key=lambda shift: _unevenness(len(arms), len(seeds), max(1, jobs), shift))
+    shift = 1 if one_seed and jobs > 1 else shift
     place, turn = ({one: number for number, one in enumerate(ones)} for ones in (arms, seeds))
     return sorted(cells, key=lambda c: (turn[c.seed], (place[c.step, c.optimizer] - turn[c.seed] * shift) % len(arms)))
 

@@ -21,6 +21,7 @@ from lib.errors import UserError
 from lib.paths import ROOT, shown
 
 FEWSHOT_SEED = 1234  # lm_eval's own default
+FEWSHOT_HASHED = 1000  # of the items that examples are drawn from
 INSTALL = "pip install lm_eval."
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of an object, another one each time
 
@@ -28,7 +29,9 @@ ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of an object, another one each time
 def stay_offline() -> None:
     """Set what the libraries behind lm_eval read when they are imported, unless the user has."""
     offline = os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_DATASETS_OFFLINE", offline)
+    for name in ("HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
+        os.environ.setdefault(name, offline)
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # the package evaluate tells where it is used
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_DATASETS_DISABLE_PROGRESS_BARS",
                  "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
         os.environ.setdefault(name, "1")
@@ -92,7 +95,8 @@ def digest(task: Any, limit: int | None) -> str:
 
     asked, configured = hashlib.sha256(), task.dump_config()
     configured["metadata"] = {key: value for key, value in (configured.get("metadata") or {}).items() if key != "config_source"}
-    for part in (version("lm_eval"), configured, *itertools.islice(task.eval_docs, limit)):
+    shown_before = itertools.islice(task.fewshot_docs(), FEWSHOT_HASHED) if task.get_config("num_fewshot") else ()
+    for part in (version("lm_eval"), configured, *itertools.islice(task.eval_docs, limit), *shown_before):
         asked.update(ADDRESS.sub("", json.dumps(part, sort_keys=True, default=_described)).encode() + b"\n")
     return asked.hexdigest()[:16]
 
@@ -128,6 +132,8 @@ def evaluate(task: Any, name: str, model: Any, limit: int | None) -> tuple[dict,
         item = items.setdefault(sample["doc_id"], {key: sample[key] for key in ("doc_id", "doc_hash", "prompt_hash")}
                                 | {"target": sample["target"]})
         answers = [responses[0] for responses in sample["resps"]]
+        if "acc_mutual_info" in sample["metrics"]:  # whose requests without a context follow those of the choices
+            answers = answers[:len(answers) // 2]
         if task.OUTPUT_TYPE in ("multiple_choice", "loglikelihood"):
             item |= {"log_likelihoods": [finite(score) for score, _ in answers], "greedy": [bool(g) for _, g in answers]}
         elif task.OUTPUT_TYPE == "loglikelihood_rolling":

@@ -224,8 +224,9 @@ class Plan:
         for name, status in self.status.items():
             if status.state in FINISHED:
                 remove_checkpoints(self.out / name)
-        order = counterbalanced([cell for cell, _, _ in self.rows()], self.side_by_side)
-        must_run = {cell.name for cell, _, runs in self.rows() if runs}
+        must_run = {cell.name: cell for cell, _, runs in self.rows() if runs}
+        order = counterbalanced([cell for cell, _, _ in self.rows()], self.side_by_side,
+                                len({cell.seed for cell in must_run.values()}) == 1)
         return makefile.write(self, [cell for cell in order if cell.name in must_run])
 
     def rows(self) -> list[tuple[Cell, Status, bool]]:

@@ -188,7 +188,7 @@ def notes(found: list[dict]) -> list[str]:
     """What a reader must be told of cells that stand in no row."""
     left = {row["task"]: row["left_out"] for row in found if row["left_out"]}
     return [f"{task}: cells that were evaluated on other items, or at another precision, are left out: {count}; make lm-eval "
-            "with one LIMIT for all" for task, count in left.items()]
+            "RETRY=1 with one LIMIT, on one kind of device" for task, count in left.items()]
 
 
 def markdown(found: list[dict]) -> str:

@@ -71,7 +71,7 @@ def attach_report(cfg: "Config", out: Path) -> str | None:
     files = sorted(p for p in out.glob("*") if p.suffix == ".png" or p.name in ("report.html", "report.csv"))
     if not names or not files:
         return None
-    digest = hashlib.sha256(json.dumps([names, cfg.TRACKER_PROJECT, cfg.TRACKER_MODE]).encode())
+    digest = hashlib.sha256(json.dumps([{name: mode(cfg, name) for name in names}, cfg.TRACKER_PROJECT]).encode())
     for file in files:
         digest.update(file.name.encode() + file.read_bytes())
     if _read(out).get("attached") == digest.hexdigest():
@@ -115,7 +115,7 @@ class Followers:
     than `seconds`, and each tracker that fails is a warning, once."""
 
     def __init__(self, names: list[str], folder: Path, seconds: float):
-        self.seconds, self.there = seconds, []
+        self.seconds, self.there, self.asked = seconds, [], len(names)
         for name in names:
             try:
                 if name not in ADAPTERS:
@@ -137,7 +137,7 @@ class Followers:
 
     def close(self) -> bool:
         """No more rows come: whether every tracker has taken all there are."""
-        deadline, good = time.monotonic() + self.seconds, bool(self.there)
+        deadline, good = time.monotonic() + self.seconds, len(self.there) == self.asked
         for one in self.there:
             one.tell(END)
         for one in self.there:

@@ -2,7 +2,7 @@
 
 A picture is a function of Sources that gives a figure, or raises Waits where the results that it shows are not committed. Its
 name is that of its files. Sizes, gates, counts and bytes come from models that are built, everything measured from
-docs/results; no number is typed into a picture.
+docs/results; of numbers only the name of the model's size is typed into a picture.
 """
 
 import pkgutil

@@ -112,11 +112,12 @@ def lmeval_benchmarks(sources: Sources) -> Figure:
     figure, (ax,) = panels("Downstream tasks", "Difference to the baseline on the same items, 95 % intervals as the reports "
                            "give them.", 1.75 + 0.36 * len(rows), left=room_for(names), right=1.3, top=0.1)
     rows_of(ax, names)
-    for i, (study, row, compared) in enumerate(rows):
+    for i, (study, _, compared) in enumerate(rows):
         if curves.number(compared["low"]):
             ax.plot([compared["low"], compared["high"]], [i] * 2, color=PALETTE[0], linewidth=2)
         ax.plot(compared["difference"], i, "o", color=PALETTE[0], markersize=7)
-        ax.text(1.02, i, f"{row['items']} x {row['seeds']}", va="center", fontsize=9, transform=ax.get_yaxis_transform())
+        ax.text(1.02, i, f"{compared['items']} x {len(compared['seeds'])}", va="center", fontsize=9,
+                transform=ax.get_yaxis_transform())
         if i == 0 or rows[i - 1][0] != study:
             ax.text(-0.02, i - 0.42, study, ha="right", va="center", fontsize=8, color=SOFT, transform=ax.get_yaxis_transform())
     ax.axvline(0, color=SOFT, linestyle=(0, (4, 3)), linewidth=1)

@@ -147,7 +147,7 @@ def full(arena: Arena, reference: Reference) -> str:
             if site.resumed:
                 interrupt(study)
             older = {path: path.read_bytes() for path in study.out.glob("test_*/checkpoint*.pt")}
-            code = _make_until_full(study, disk, site)
+            code = _make_until_full(study, disk, site, older)
             told = said_plainly(code, study.said(), study.cells(), site.name)
             place = study.out if site.name.startswith("plan/") else study.out / "test_"  # a row is the cell's in any case
             if told == "sentence" and f"error: {place}" not in study.said():
@@ -165,8 +165,9 @@ def full(arena: Arena, reference: Reference) -> str:
     return f"{len(SITES)} sites: {rows} failed rows, {len(SITES) - rows} refusals, then complete and equal"
 
 
-def _make_until_full(study: Study, disk: Disk, site: Site) -> int:
-    """make's exit status. A study that came to its end because it was stopped too late begins anew."""
+def _make_until_full(study: Study, disk: Disk, site: Site, older: dict[Path, bytes]) -> int:
+    """make's exit status. A study that came to its end because it was stopped too late begins anew, without the `older`
+    checkpoints."""
     for _ in range(ATTEMPTS):
         if not site.after:
             disk.fill()
@@ -179,6 +180,7 @@ def _make_until_full(study: Study, disk: Disk, site: Site) -> int:
         disk.free()
         for cell in study.cells():
             shutil.rmtree(cell)
+        older.clear()
     raise Failed(f"{site.name}: the disk could not be filled in time: {last_lines(study.said())}")
 
 

@@ -109,6 +109,8 @@ def test_batches_keep_to_their_bounds():
     pairs = pairs_of(3)
     for batch in _batches(BLOCK, pairs, 5):
         assert len({len(context) for context, _ in batch}) == 1 and sum(len(members) for _, members in batch) <= 5
+    long = [((0,), [1] * 1000)] * 32  # first windows of documents, after the mark between them
+    assert [len(members) for batch in _batches(1024, long, 32) for _, members in batch] == [4] * 8, "so many logits fit"
     assert sorted(i for batch in _batches(BLOCK, pairs, 5) for _, members in batch for i in members) == list(range(len(pairs)))
 
 

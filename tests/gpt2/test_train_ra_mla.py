@@ -64,11 +64,13 @@ def test_a_cell_that_starts_from_weights_of_transformers(tmp_path):
     (folder / hf.CONFIGURATION).write_text(json.dumps(hf.configuration(cfg, 0)))
     done = here("--ra-mla-ablation-step", "V1", "--out", tmp_path / "cell", "--init-from", f"gpt2-hf={folder}",
                 "--set=LEARNING_RATE=0.0", "--set=GPT2_MIN_LR=0.0", *FAST)
-    assert done.returncode == 0 and f"starts from {folder}; 4 tensors keep their own start: " in done.stdout, done.stderr
+    kept = "4 tensors keep their own start: transformer.h.0.attn.gate_std transformer.h.0.attn.gate_rec transformer.h.1."
+    assert done.returncode == 0 and f"starts from {folder}; {kept}" in done.stdout, done.stderr
     record = json.loads((tmp_path / "cell/metrics.json").read_text())
     assert record["val_loss"] == pytest.approx(math.log(256), abs=1e-4)
     assert record["environment"]["start_hash"] == hf.digest(folder)
     assert record["configuration"]["INIT_FROM_HF"] == str(folder)
+    assert json.loads((tmp_path / "cell/start.json").read_text()) == {"sha256": hf.digest(folder)}
     for text in ("gpt2-hf", "gpt2", "gpt2-hf="):
         refused = here("--ra-mla-ablation-step", "V1", "--out", tmp_path / "other", "--init-from", text)
         assert refused.returncode == 2 and f"--init-from {text} names no start." in refused.stderr

@@ -50,6 +50,18 @@ def test_gpus_that_are_taken_in_turn_meet_every_arm_alike(study, jobs, arms, see
     assert (max(shares), min(shares)) == (most, fewest)
 
 
+@pytest.mark.parametrize("arms", [2, 3, 4, 7])
+def test_seeds_that_are_added_one_by_one_do_not_give_an_arm_the_same_gpu_again(study, arms):
+    """Each begins with the first GPU, as a plan of that seed alone does."""
+    cells = expand(study(" ".join(f"V{i}" for i in range(arms)), 'SEEDS="8"'))
+    met = {cell.step: set() for cell in cells}
+    for seed in sorted({cell.seed for cell in cells}):
+        own = [cell for cell in counterbalanced(cells, 2, one_seed=True) if cell.seed == seed]
+        for number, cell in enumerate(own):
+            met[cell.step].add(number % 2)
+    assert all(gpus == {0, 1} for gpus in met.values())
+
+
 def test_cells_that_run_one_after_the_other_keep_the_order_of_the_study(study):
     cells = expand(study("V0 V1 V2", 'SEEDS="3"'))
     assert counterbalanced(cells, 1) == counterbalanced(cells, 0) == cells

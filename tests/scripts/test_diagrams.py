@@ -118,12 +118,13 @@ def test_results_that_come_later_are_drawn(tmp_path):
     (tmp_path / "gpt2-ra-baseline-vs-routing+x").symlink_to(RESULTS / "gpt2-kvsplice-ablation+local+brief")
     (tmp_path / "asked").mkdir()
     row = {"name": "X9", "task": "a_task", "metric": "acc", "items": 70, "seeds": 3}
-    downstream = [row | {"comparison": {"difference": 0.1, "low": -0.1, "high": 0.3}}, row | {"name": "X0", "comparison": None}]
+    compared = {"difference": 0.1, "low": -0.1, "high": 0.3, "items": 69, "seeds": [1, 2]}
+    downstream = [row | {"comparison": compared}, row | {"name": "X0", "comparison": None}]
     (tmp_path / "asked/report.json").write_text(json.dumps({"study": "asked", "downstream": downstream}))
     options = ["--results", str(tmp_path)]
     assert "WORSE" in drawn(tmp_path / "out", "router_final_comparison", *options)
     assert "11,207 MiB" in drawn(tmp_path / "out", "router_gpu_memory", *options)
-    assert {"X9: a_task, acc", "70 x 3"} <= set(said := drawn(tmp_path / "out", "lmeval_benchmarks", *options))
+    assert {"X9: a_task, acc", "69 x 2"} <= set(said := drawn(tmp_path / "out", "lmeval_benchmarks", *options))
     assert not any("X0" in text for text in said)
     assert "validation perplexity" in drawn(tmp_path / "out", "router_validation_perplexity", *options)
 

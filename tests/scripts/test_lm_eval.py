@@ -1,6 +1,7 @@
 """make lm-eval: items' scores as computed by hand, kept beside the cell, not computed twice, and in the report."""
 
 import json
+import os
 import re
 import sys
 
@@ -45,6 +46,17 @@ def study(dotconfig, tmp_path, offline):
         finish(tmp_path / "out", cell, val_loss=3 + number / 100, train_loss=3 + number / 90)
         save(tmp_path / "out" / cell.name, cell, 2)
     return [tmp_path / "out" / cell.name for cell in cells]
+
+
+def test_nothing_is_asked_of_a_network(monkeypatch):
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE", "HF_UPDATE_DOWNLOAD_COUNTS")
+    for given, expected in ((None, ["1", "1", "1", "0"]), ("0", ["0", "0", "0", "0"])):
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+        if given is not None:
+            monkeypatch.setenv("HF_HUB_OFFLINE", given)
+        lm_eval_tasks.stay_offline()
+        assert [os.environ[name] for name in names] == expected
 
 
 def save(folder, cell, scale):
