@@ -3,7 +3,8 @@
     python -m scripts.diagrams                          all, into docs/images (make diagrams)
     python -m scripts.diagrams folded_layout --out /tmp/pictures --set RA_R=8
 
-Nothing is trained. A picture whose results are not in docs/results yet is not drawn; what it waits for is said.
+Nothing is trained. A picture whose results are not in docs/results yet is not drawn; what it waits for is said, and files that
+are left of it are removed.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ImportError:
         raise UserError("matplotlib is not installed.", "make setup, or pip install matplotlib.") from None
 
-    from scripts.diagramming.canvas import STYLE, write
+    from scripts.diagramming.canvas import METADATA, STYLE, write
     from scripts.diagramming.sources import Sources, Waits
 
     sources, written = Sources(tuple(args.settings), args.results), 0
@@ -42,6 +43,10 @@ def main(arguments: list[str] | None = None) -> None:
                 figure = draw(name, sources)
             except Waits as missing:
                 print(f"{name} waits for {missing}")
+                for old in [args.out / f"{name}.{kind}" for kind in METADATA]:  # it would show what nothing supports any more
+                    if old.exists():
+                        old.unlink()
+                        print(f"{shown(old)} removed")
                 continue
             atomic.make_folder(args.out)
             files = write(figure, args.out, name)

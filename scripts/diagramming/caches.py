@@ -96,14 +96,15 @@ def quality_speed_tradeoff(sources: Sources) -> Figure:
 
 
 def inference_speed(sources: Sources) -> Figure:
-    """Decoding speed and the time to the first token by kind of cache, at each measured batch."""
+    """Decoding speed by kind of cache, at each measured batch; of the caches that were measured at all of them."""
     record = sources.read(DECODE, DECODE_FILE)
     batches = record["batches"]
     by_batch: dict[int, dict[str, Any]] = {batch: speeds(record, batch) for batch in batches}
     steps = [step for step in dict.fromkeys(row["step"] for row in record["rows"]) if all(step in by_batch[b] for b in batches)]
     base = record["baseline"]
     figure, axes = panels("Decoding speed by cache", f"124M on one {device(record)}, {record['contexts'][0]:,} tokens, "
-                          f"bfloat16; ratios to {base} in the same run, median and range of {record['rounds']} rounds.",
+                          f"{record['dtype']}; ratios to {base} in the same run, median and range of "
+                          f"{record['rounds']} rounds.",
                           1.75 + 0.36 * len(steps), columns=len(batches), left=1.15, right=0.9, space=(0.36, 0), top=0.15)
     for ax, batch in zip(axes, batches, strict=True):
         rows_of(ax, steps)

@@ -23,6 +23,8 @@ INK, SOFT, GRID, PAPER = LIGHT
 STD, REC, VALUE, OTHER = PALETTE[0], PALETTE[1], PALETTE[2], PALETTE[3]
 WIDTH, HEAD = 8.4, 0.72  # inches: of every picture, and of its title
 DPI = 120
+# The files of a picture by their ending, and what matplotlib must not write into them.
+METADATA: dict[str, dict[str, None]] = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
 ON_PAPER = {"boxstyle": "square,pad=0.15", "facecolor": PAPER, "edgecolor": "none"}  # behind a text that crosses a line
 STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"], "font.size": 10.5, "svg.fonttype": "none", "svg.hashsalt": "kablate",
@@ -130,7 +132,7 @@ def pointed_out(ax: Axes, points: list[tuple[float, float, str]], looks: dict[st
 def write(figure: Figure, folder: Path, name: str) -> dict[str, int]:
     """Write name.svg and name.png and give {file name: bytes}."""
     written = {}
-    for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
+    for kind, metadata in METADATA.items():
         held = io.BytesIO()
         figure.savefig(held, format=kind, dpi=DPI, metadata=metadata)
         data = held.getvalue()

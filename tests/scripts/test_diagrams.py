@@ -113,6 +113,16 @@ def test_what_is_not_measured_is_not_drawn(tmp_path, capsys):
     assert lines[-1] == "0 files written" and not (tmp_path / "out").exists()
 
 
+def test_a_picture_that_waits_leaves_no_older_one(tmp_path, capsys):
+    """Once its results are gone; pictures that were not asked for stay."""
+    drawn(tmp_path, "performance_comparison")
+    drawn(tmp_path, "inference_speed")
+    (tmp_path / "none").mkdir()
+    diagrams.main(["performance_comparison", "--results", str(tmp_path / "none"), "--out", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"none", "inference_speed.svg", "inference_speed.png"}
+    assert capsys.readouterr().out.count(" removed\n") == 2
+
+
 def test_results_that_come_later_are_drawn(tmp_path):
     """A router's study under its name, made of another's report, and one that was asked downstream tasks."""
     (tmp_path / "gpt2-ra-baseline-vs-routing+x").symlink_to(RESULTS / "gpt2-kvsplice-ablation+local+brief")
