@@ -11,7 +11,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import re
 import resource
 import shutil
 import signal
@@ -244,8 +243,7 @@ class Display:
     """One live line a cell on a terminal; a plain line now and then elsewhere, or when cells run side by side."""
 
     def __init__(self, folder: Path, title: str, position: str):
-        parallel = re.search(r"(^| )(-j|--jobserver)", os.environ.get("MAKEFLAGS", ""))
-        self.live = redraws(sys.stdout) and not parallel
+        self.live = redraws(sys.stdout) and not slots.is_parallel()
         self.path, self.title, self.shown_at = folder / "metrics.jsonl", title, time.monotonic()
         number, _, total = position.partition("/")
         self.cells_after = int(total) - int(number)

@@ -7,14 +7,13 @@ about to read; OUT/cells.mk is a copy of the last makefile, for a person. One pl
 import contextlib
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib import atomic, process
+from lib import atomic, process, slots
 from lib.cells import Cell, plan_name
 from lib.errors import UserError
 from lib.paths import shown
@@ -53,11 +52,6 @@ def alone(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def is_parallel() -> bool:
-    """Whether the make that has started this process was given -j."""
-    return bool(re.search(r"(^| )(-j|--jobserver)", os.environ.get("MAKEFLAGS", "")))
-
-
 def write(plan: "Plan", must_run: list[Cell]) -> Path:
     """Store the makefile that runs these cells of a plan, in their order, and their configurations; its path."""
     for old in (plan.out / "plan").glob("*.mk"):
@@ -76,7 +70,7 @@ def _text(plan: "Plan", must_run: list[Cell]) -> str:
     lines = ["# Written by the plan: the cells that must run. Make it anew with make; do not edit.",
              "CELLS :=" + "".join(f" \\\n  {t}" for t in targets.values()),
              f"all: $(CELLS)\n\t{_afterwards(plan, must_run)}", ".PHONY: all FORCE", ".PRECIOUS: $(CELLS)"]
-    if plan.jobs > 1 and not is_parallel():
+    if plan.jobs > 1 and not slots.is_parallel():
         lines.insert(1, f"MAKEFLAGS += -j{plan.jobs}")
     for cell, words in zip(must_run, commands(plan, must_run).values(), strict=True):
         parent = f" {targets[cell.parent]}" if cell.parent in targets else ""

@@ -260,7 +260,7 @@ class Plan:
     @property
     def side_by_side(self) -> int:
         """Cells side by side: N of make -jN, or else `jobs`."""
-        return slots.jobs_of_make() if makefile.is_parallel() else self.jobs
+        return slots.jobs_of_make() if slots.is_parallel() else self.jobs
 
     @cached_property
     def jobs(self) -> int:

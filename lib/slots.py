@@ -71,6 +71,11 @@ def cells_at_once(find_gpus: Callable[[], list[str]], gpus_per_step: int, cells_
     return max(1, len(find_gpus()) // max(1, gpus_per_step) * cells_per_gpu)
 
 
+def is_parallel() -> bool:
+    """Whether the make that has started this process was given -j."""
+    return bool(re.search(r"(^| )(-j|--jobserver)", os.environ.get("MAKEFLAGS", "")))
+
+
 def jobs_of_make() -> int:
     """N of the make -jN that has started this process: 1 without -j, 0 for one without a number."""
     found = re.search(r"(?:^| )-j ?(\d*)(?= |$)", os.environ.get("MAKEFLAGS", "").partition(" -- ")[0])

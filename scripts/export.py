@@ -115,12 +115,13 @@ def write(folder: Path, cfg: "Config", model: "GPT", record: dict, target: Path)
     from gpt2 import hf, hf_tokenizer
     from gpt2.function_class import key, simplest
     from gpt2.model import GPT
-    from gpt2.sample import TOKENIZERS
+    from gpt2.sample import Bytes
+    from lib.data.prepare import END_OF_TEXT
 
     exported = hf.plain(model, cfg)
     held = hf.tensors(exported)
     tokenizer, missing = hf_tokenizer.files(cfg.TOKENIZER, cfg.GPT2_BLOCK_SIZE)
-    mark = {"bytes": 0, "gpt2": 50256}[cfg.TOKENIZER] if missing else TOKENIZERS[cfg.TOKENIZER]().mark
+    mark = {"bytes": Bytes.mark, "gpt2": END_OF_TEXT}[cfg.TOKENIZER]  # known also where the vocabulary is not at hand
     relation = key(cfg)[1]
     folded = sum(p.numel() for p in model.parameters()) != sum(p.numel() for p in exported.parameters())
     known = {"parameters": {name: t.numel() for name, t in held.items()}, "folded": folded or relation != "equal",
