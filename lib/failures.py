@@ -22,6 +22,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 # What torch says where it raises a plain RuntimeError: its CPU allocator, CUDA itself, and CUDA's libraries.
 MEMORY_TEXT = re.compile(r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED", re.I)
 DISK_TEXT = re.compile(rf"\[Errno ({'|'.join(str(number) for number in sorted(FULL))})\]")
+CUT_SHORT = "it is full or cannot be written, and training.log ends before it says more"  # its traceback had no room either
 LONGEST = 300
 AGAIN = {  # kind: what make RETRY=1 does, and what to do before
     MEMORY: "make RETRY=1 runs it again as it is configured; a smaller BATCH_SIZE with as much more "
@@ -70,7 +71,7 @@ def from_log(text: str, code: int) -> str:
         return refusal
     raised = _exception(lines)
     if code == process.EXIT_DISK or (raised and DISK_TEXT.search(raised)):
-        return _short(f"{DISK}: {raised or last}")
+        return _short(f"{DISK}: {raised or CUT_SHORT}")
     if raised and MEMORY_TEXT.search(raised) or re.match(r"(\w+\.)*(MemoryError|OutOfMemoryError)\b", raised or ""):
         return _short(f"{MEMORY}: {raised}")
     return _short(f"exception: {raised}" if raised else f"exit status {code}: {last}")
