@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lib import results
-from lib.cells import FINISHED, Cell, Status, baseline
+from lib.cells import FINISHED, Cell, Status, baseline, contrasts
 from lib.config import Study, identity_changes, parse_step
 from lib.errors import UserError
 from lib.paths import shown
@@ -75,6 +75,16 @@ def compare(study: Study, groups: list[Group], order: list[int], test: str, seed
         if one.step != other.step:
             pairs.append((one.arm(seeds), other.arm(seeds)))
     return {c.name: c for c in family(pairs, order, study.config.MARGIN, test, comparisons)}
+
+
+def contrasted(study: Study, groups: list[Group], order: list[int], test: str, seeds: list[int] | None = None,
+               comparisons: int = 0) -> list[tuple[Group, Group, Comparison]]:
+    """The verdicts of the study's contrasts, each with its two arms, under each optimizer. They are one family, as in
+    `compare`."""
+    pairs = [(one, other) for step, reference_step in contrasts(study)[0] for one in groups for other in groups
+             if (one.step, other.step) == (step, reference_step) and one.optimizer == other.optimizer]
+    found = family([(one.arm(seeds), other.arm(seeds)) for one, other in pairs], order, study.config.MARGIN, test, comparisons)
+    return [(one, other, comparison) for (one, other), comparison in zip(pairs, found, strict=True)]
 
 
 def refuse_copies(plan: "Plan") -> None:

@@ -30,8 +30,8 @@ DEFAULT_STUDY = "gpt2-ra-ablation+tiny"
 OF_MAKE = ("SEED", "SEEDS", "MAX_SEEDS", "JOBS", "STUDY")  # symbols that are variables of the Makefile too
 STEP_SPEC = re.compile(r"([A-Za-z][A-Za-z0-9_]*)(?:@(.+))?")
 # What describes the study as a whole; in a step it would be silently without effect.
-OF_THE_STUDY = ("SEED", "SEEDS", "STUDY", "ABLATION_STEPS", "BASELINE", "OPTIMIZERS", "OUTPUT_DIR", "MARGIN", "CONTROL_STEPS",
-                "MAX_SEEDS", "TUNE_LR", "JOBS", "BATCH_SIZE_AUTO", "CELLS_PER_GPU", "CLUSTER_JOBS")
+OF_THE_STUDY = ("SEED", "SEEDS", "STUDY", "ABLATION_STEPS", "BASELINE", "CONTRASTS", "OPTIMIZERS", "OUTPUT_DIR", "MARGIN",
+                "CONTROL_STEPS", "MAX_SEEDS", "TUNE_LR", "JOBS", "BATCH_SIZE_AUTO", "CELLS_PER_GPU", "CLUSTER_JOBS")
 
 # How the sequences of an optimizer step are split and drawn.
 BATCH_SPLIT = ("BATCH_SIZE", "GPT2_GRADIENT_ACCUMULATION", "BATCH_DRAWN")

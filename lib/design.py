@@ -26,11 +26,12 @@ NAMES = {"fixed": "paired t", "anytime": "anytime-valid paired t"}
 
 
 def content(baseline: str, arms: dict[str, str], seeds: list[int], margin: float, test: str,
-            sweep: str | None = None) -> dict:
+            sweep: str | None = None, contrasts: str = "") -> dict:
     """A plan. `arms` maps the name of each arm to its identity's hash; `seeds` are in the order they are looked at; `sweep`
-    is the grid of the learning-rate sweep, if there is one."""
+    is the grid of the learning-rate sweep, if there is one; `contrasts` are pairs of steps, "V3:V1 V4:V3". A plan without such
+    pairs is written as it was before there were any, so its hash stays."""
     return {"baseline": baseline, "arms": arms, "seeds": seeds, "metric": METRIC, "margin": margin, "test": test,
-            "sweep": sweep, "error_rate": ERROR_RATE}
+            "sweep": sweep, "error_rate": ERROR_RATE} | ({"contrasts": contrasts} if contrasts else {})
 
 
 def digest(value: Any) -> str:
@@ -54,6 +55,7 @@ def read(out: Path) -> list[dict]:
             if entry != _entry(entry["plan"], entry["written"], entry["seen"], before) or type(entry["seen"]) is not int:
                 raise ValueError("an entry does not have the hash it was written with")
             content(**{key: entry["plan"][key] for key in ("baseline", "arms", "seeds", "margin", "test", "sweep")})
+            _pairs(entry["plan"])
             before = entry["chain"]
         return found
     except (FileNotFoundError, NotADirectoryError):
@@ -110,18 +112,32 @@ def comparisons(history: list[dict]) -> int:
     return len(arms)
 
 
+def contrasts(history: list[dict]) -> int:
+    """Contrasts of the plans in force together, counted like comparisons."""
+    return len({pair for entry in in_force(history) for pair in _pairs(entry["plan"])})
+
+
+def _pairs(plan: dict) -> list[tuple]:
+    """The contrasts of a plan between arms under the same optimizer, each with both configurations."""
+    arms = {tuple(name.rsplit(" ", 1)): identity for name, identity in plan["arms"].items()}
+    pairs = [tuple(text.split(":")) for text in plan.get("contrasts", "").split()]
+    return [(step, other, optimizer, identity, arms[other, optimizer]) for step, other in pairs
+            for (name, optimizer), identity in arms.items() if name == step and (other, optimizer) in arms]
+
+
 def changes(history: list[dict]) -> list[str]:
     """What was changed after a look, a sentence each; seeds apart, which the report marks one by one."""
     entries = in_force(history)
     found = []
     if entries and entries[0]["seen"]:
         found.append(f"no plan is known from before the first result: {plural(entries[0]['seen'], 'seed')} had one already")
-    keys = ("baseline", "margin", "sweep") if later_seeds(history) else ("baseline", "margin", "sweep", "test")
+    keys = ("baseline", "margin", "sweep", "contrasts", *(() if later_seeds(history) else ("test",)))
     for old, new in zip(entries, entries[1:], strict=False):
         when, before, after = new["written"][:16].replace("T", " "), old["plan"], new["plan"]
         for key in keys:
-            if before[key] != after[key] and not (key == "sweep" and before[key] is None):
-                found.append(f"the plan's {key} was changed after a look, {when}: {before[key]} to {after[key]}")
+            if before.get(key) != after.get(key) and not (key == "sweep" and before[key] is None):
+                what = "list of contrasts" if key == "contrasts" else key
+                found.append(f"the plan's {what} was changed after a look, {when}: {before.get(key)} to {after.get(key)}")
         arms, others = before["arms"], after["arms"]
         for what, names in (("added to the plan", others.keys() - arms.keys()),
                             ("taken from the plan, and still counted,", arms.keys() - others.keys()),
@@ -136,5 +152,8 @@ def sentence(plan: dict) -> str:
     against = sum(not arm.startswith(f"{plan['baseline']} ") for arm in plan["arms"])
     seeds = len(plan["seeds"])
     how = (f"after each block of seeds, up to {seeds}" if plan["test"] == "anytime" else f"{plural(seeds, 'paired seed')}")
-    return (f"{NAMES[plan['test']]} on the {plan['metric']}, {how}, {plural(against, 'comparison')} with {plan['baseline']}, "
-            f"Holm at {100 * plan['error_rate']:g} %, margin {plan['margin']:g} nats")
+    pairs = _pairs(plan)
+    beside = f" and {plural(len(pairs), 'contrast')}" if pairs else ""
+    return (f"{NAMES[plan['test']]} on the {plan['metric']}, {how}, {plural(against, 'comparison')} with {plan['baseline']}"
+            f"{beside}, Holm at {100 * plan['error_rate']:g} %{' in each family' if pairs else ''}, "
+            f"margin {plan['margin']:g} nats")

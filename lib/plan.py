@@ -20,6 +20,7 @@ from lib.cells import (
     Cell,
     Status,
     baseline,
+    contrasts,
     counterbalanced,
     expand,
     inspect,
@@ -71,7 +72,7 @@ class Plan:
             overrides.append(Assignment("GPT2_MAX_TIME", options.time, "command line TIME"))
         self.options = options
         self.study = Study(study, overrides=overrides)
-        baseline(self.study)  # a wrong BASELINE must not be found by the report, after the training
+        contrasts(self.study)  # a wrong BASELINE or CONTRASTS must not be found by the report, after the training
         expand(self.study, [])  # nor a wrong value by its name in a folder's
         self.out = self._folder()
         self.micro_batch = batch_size.settle(self.study, self.out)  # from here on the study resolves to what its cells run with
@@ -250,7 +251,8 @@ class Plan:
             if self.status[cell.name].state in FINISHED:
                 finished.setdefault((cell.step, cell.optimizer), set()).add(cell.seed)
         plan = design.content(baseline(self.study), arms, self.announced, self.study.config.MARGIN,
-                              "anytime" if self.options.until else "fixed", self.study.config.TUNE_LR if self.sweep else None)
+                              "anytime" if self.options.until else "fixed", self.study.config.TUNE_LR if self.sweep else None,
+                              " ".join(map(":".join, contrasts(self.study)[0])))
         return design.following(self.recorded, plan, max(map(len, finished.values()), default=0))
 
     def comparisons(self) -> int:

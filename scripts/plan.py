@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib import design, failures, generations, process
-from lib.cells import Cell, Status
+from lib.cells import Cell, Status, contrasts
 from lib.config import announce
 from lib.errors import UserError, reported
 from lib.paths import ROOT, shown
@@ -41,13 +41,15 @@ def cell_folder(name: str) -> Path:
 
 
 def warnings(plan: Plan) -> list[str]:
-    """What cannot act inside its budget, a sentence each, with the steps it holds for."""
+    """What cannot act inside its budget, a sentence each, with the steps it holds for; and contrasts that are left out."""
     said: dict[str, list[str]] = {}
     for cell, _, _ in plan.rows():
         for sentence in pkgutil.resolve_name(cell.resolved.config.WARNINGS)(cell.resolved.config):
             steps = said.setdefault(sentence, [])
             steps += [] if cell.step in steps else [cell.step]
-    return [f"{' '.join(steps)}: {sentence}" for sentence, steps in said.items()]
+    left_out = " ".join(map(":".join, contrasts(plan.study)[1]))
+    return [f"{' '.join(steps)}: {sentence}" for sentence, steps in said.items()] + (
+        [f"no contrast {left_out}: not all of these steps are in the study"] if left_out else [])
 
 
 def check_data(plan: Plan) -> None:

@@ -2,7 +2,7 @@
 
 Everything is read from the cells' folders and the design on record. Missing values are null; losses are in nats. A study
 has one family of verdicts for its steps at their common rates and, once a learning-rate sweep is finished, a second one
-for its steps at their best rates; each family holds the error rate of the plan.
+for its steps at their best rates, and one for its contrasts if it has any; each family holds the error rate of the plan.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lib import anytime, design, stats
-from lib.arms import Group, compare, group, reference, refuse_copies
+from lib.arms import Group, compare, contrasted, group, reference, refuse_copies
 from lib.classes import FunctionClass, function_classes
 from lib.report import caches, compression, downstream
 from lib.tables import plural
@@ -37,7 +37,7 @@ def content(plan: "Plan") -> dict:
     order = list(dict.fromkeys([*plan.seeds, *(cell.seed for cell in plan.more)]))
     curves = {cell.name: _evaluations(plan.out / cell.name) for cell in {c.name: c for c in [*plan.cells, *plan.more]}.values()
               if plan.status[cell.name].state == "done"}
-    steps, compared, compressed, evaluated = [], {}, {}, []
+    steps, compared, compressed, evaluated, contrasts = [], {}, {}, [], []
     for cells, tuned in ((plan.common, None), (plan.tuned_cells, plan.tuned)):
         if not cells:
             continue
@@ -45,6 +45,8 @@ def content(plan: "Plan") -> dict:
         comparisons = compare(plan.study, groups, order, test, comparisons=0 if tuned else design.comparisons(history))
         classes = function_classes({one.step: one.cells[0][0].resolved.config for one in groups})
         compared |= comparisons
+        if tuned is None:
+            contrasts = contrasted(plan.study, groups, order, test, comparisons=design.contrasts(history))
         compressed |= {one.name: [status.record for _, status in one.cells if status.state == "done"] for one in groups}
         evaluated += [_evaluated(plan, groups, one, comparisons.get(one.name)) for one in groups]
         steps += [_step(plan, groups, one, comparisons.get(one.name), later, test, curves, classes[one.step])
@@ -62,11 +64,12 @@ def content(plan: "Plan") -> dict:
                  "max_seeds": len(last["plan"]["seeds"]) if test == "anytime" else None,
                  "sentence": design.sentence(last["plan"]), "on_record": history == plan.recorded},
         "complete": all(cell["state"] in ("done", "diverged") for step in steps for cell in step["cells"]),
-        "steps": steps, "sweep": sweep, "compression": compression.rows(compressed, test),
+        "steps": steps, "contrasts": [_contrast(*one, test, curves) for one in contrasts], "sweep": sweep,
+        "compression": compression.rows(compressed, test),
         "downstream": downstream.rows(evaluated), "noise": _noise(base, steps),
         "environment": _environment(records), "data": records[0]["data"] if records else None,
         "outside_budget": _outside_budget(records),
-        "notes": _notes(plan, history, steps, compared, sweep or []),
+        "notes": _notes(plan, history, steps, compared | {c.name + c.reference: c for _, _, c in contrasts}, sweep or []),
         "control_failures": [f for s in steps if (f := control_failure(s["name"], s["control"], compared.get(s["name"])))],
     }
 
@@ -130,6 +133,11 @@ def _comparison(one: Group, base: Group, c: Comparison, test: str, evaluations: 
                 for arm in (one, base))
         found |= views(*arms, test)  # type: ignore[call-arg, arg-type]  # two arms
     return found
+
+
+def _contrast(one: Group, other: Group, c: Comparison, test: str, evaluations: dict[str, list]) -> dict:
+    return {"name": f"{one.name} vs {other.name}", "step": one.name, "reference": other.name,
+            "comparison": _comparison(one, other, c, test, evaluations)}
 
 
 def views(arm: dict, base: dict, test: str) -> dict:

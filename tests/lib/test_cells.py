@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lib import results
-from lib.cells import baseline, counterbalanced, expand, folder_name, inspect, parse_seeds
+from lib.cells import baseline, contrasts, counterbalanced, expand, folder_name, inspect, parse_seeds
 from lib.config import Study, identity_changes
 from lib.errors import UserError
 from lib.kconfig import Assignment, Schema
@@ -190,6 +190,28 @@ def test_the_baseline_is_the_first_step_unless_said(study, lines, name):
 def test_a_baseline_outside_the_study_is_refused(study):
     assert refusal(baseline, study("V0 V1", 'BASELINE="V2"')) == ("BASELINE=V2 is not one of the study's steps (V0 V1).",
                                                                   "set BASELINE to one of them, or to nothing for the first.")
+
+
+@pytest.mark.parametrize("text, there, absent", [
+    ("", [], []), ("V3:V1", [("V3", "V1")], []), ("V2:V1 V3:V1", [("V3", "V1")], [("V2", "V1")]),
+    ("V1@RA_R=8:V1", [("V1@RA_R=8", "V1")], []),
+])
+def test_contrasts_are_pairs_of_the_studys_steps(study, text, there, absent):
+    assert contrasts(study("V0 V1 V3 V1@RA_R=8", f'CONTRASTS="{text}"')) == (there, absent)
+
+
+@pytest.mark.parametrize("text, what, run", [
+    ("V3", "CONTRASTS holds 'V3', which is no pair of steps.", "write V3:V1 for V3 against V1."),
+    ("V3:", "CONTRASTS holds 'V3:', which is no pair of steps.", "write V3:V1 for V3 against V1."),
+    ("V3:V1:V0", "CONTRASTS holds 'V3:V1:V0', which is no pair of steps.", "write V3:V1 for V3 against V1."),
+    ("V3:V0", "CONTRASTS holds 'V3:V0', but every step is compared with V0 anyway.", "take V3:V0 out of CONTRASTS."),
+    ("V3:V3", "CONTRASTS holds 'V3:V3', a step against itself or a pair for the second time.", "take V3:V3 out of CONTRASTS."),
+    ("V3:V1 V1:V3", "CONTRASTS holds 'V1:V3', a step against itself or a pair for the second time.",
+     "take V1:V3 out of CONTRASTS."),
+    ("V3:X1", "there is no step 'X1'.", "make list-steps."),
+])
+def test_contrasts_that_are_none_are_refused(study, text, what, run):
+    assert refusal(contrasts, study("V0 V1 V3", f'CONTRASTS="{text}"')) == (what, run)
 
 
 # Parents

@@ -33,6 +33,30 @@ def test_whatever_is_fixed_is_in_the_hash(changed):
     assert design.digest(changed) != design.digest(plan())
 
 
+def test_contrasts_are_counted_like_comparisons():
+    def contrasted(text, arms=ARMS):
+        return design.content("V0", arms, [1, 2, 3], 0.01, "fixed", contrasts=text)
+
+    assert contrasted("") == plan() and design.digest(contrasted("V2:V1")) != design.digest(plan())
+    assert design.contrasts(history((plan(), 0))) == 0 and design.contrasts(history((contrasted("V2:V1"), 0))) == 1
+    later = history((contrasted("V2:V1"), 0), (contrasted("V1:V2"), 3))
+    assert design.contrasts(later) == 2, "one that was taken out still counts"
+    assert design.changes(later) == [f"the plan's list of contrasts was changed after a look, "
+                                     f"{later[-1]['written'][:16].replace('T', ' ')}: V2:V1 to V1:V2"]
+    again = history((contrasted("V2:V1"), 0), (contrasted("V2:V1", ARMS | {"V2 adamw": "another"}), 3))
+    assert design.contrasts(again) == 2, "so does one whose arm was changed"
+    two = contrasted("V2:V1", ARMS | {f"{step} sinkgd": step for step in ("V0", "V1", "V2")})
+    assert design.contrasts(history((two, 0))) == 2
+    assert design.sentence(two).endswith("4 comparisons with V0 and 2 contrasts, Holm at 5 % in each family, margin 0.01 nats")
+
+
+def test_contrasts_are_read_again(tmp_path):
+    found = design.following([], design.content("V0", ARMS, [1], 0.01, "fixed", contrasts="V2:V1"), 0)
+    (tmp_path / "plan").mkdir()
+    design.write(tmp_path, found)
+    assert design.read(tmp_path) == found
+
+
 def test_a_plan_made_before_any_result_starts_anew():
     found = history((plan(), 0), (plan(5), 0))
     assert design.later_seeds(found) == [] and design.test(found) == "fixed" and design.changes(found) == []

@@ -13,8 +13,8 @@ UNTIL = Options(until="decided", max_seeds="6")
 @pytest.fixture
 def study(dotconfig, tmp_path):
     """study("3"): configures V0, V1 with these seeds, results in `out`."""
-    def configure(seeds="3", *assignments, device=TINY[3]):
-        dotconfig(*TINY[:3], device, "SEED=1", 'ABLATION_STEPS="V0 V1"', f'SEEDS="{seeds}"',
+    def configure(seeds="3", *assignments, device=TINY[3], steps="V0 V1"):
+        dotconfig(*TINY[:3], device, "SEED=1", f'ABLATION_STEPS="{steps}"', f'SEEDS="{seeds}"',
                   f'OUTPUT_DIR="{tmp_path}/out"', *assignments)
         return tmp_path / "out"
     return configure
@@ -95,6 +95,15 @@ def test_an_a_a_control_is_not_waited_for(study, dotconfig):
     plan = Plan(Options(until="decided"))
     assert running(plan) == [] or plan.undecided == ["V1"]
     assert "A0" not in plan.undecided
+
+
+def test_contrasts_are_waited_for(study):
+    out = study("6", 'CONTRASTS="V2:V1"', steps="V0 V1 V2")
+    for seed in range(1, 7):
+        for cell in expand(Study(), [seed]):  # V2 and V1 are clearly worse than V0; which of them is better, is open
+            extra = {"V0": 0, "V1": 0.5 * (1 + seed / 1e4), "V2": 0.5 * (1 + (-1) ** seed / 20)}[cell.step]
+            finish(out, cell, val_loss=3 + seed / 37 + extra, train_loss=extra + seed)
+    assert Plan(UNTIL).undecided == ["V2 vs V1"]
 
 
 def test_a_failed_cell_ends_the_looks_instead_of_running_for_ever(study):

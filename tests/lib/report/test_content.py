@@ -98,6 +98,30 @@ def test_a_step_with_an_optimizer_of_its_own_is_compared_with_the_only_baseline(
     assert words(found) == {"V0@OPTIMIZER_ADAMW=y": "BETTER"}
 
 
+def test_contrasts_are_a_family_of_their_own(study):
+    found = content(study("V0 V1 V2 V3", 'CONTRASTS="V2:V1 V3:V1"', V0=V0, V1=BELOW, V2=[2.95, 2.97, 3.0],
+                          V3=[2.9, 2.93, None]))
+    assert words(found) == {"V1": "BETTER", "V2": "BETTER", "V3": "INCOMPLETE"} and found["plan"]["comparisons"] == 3
+    two, three = found["contrasts"]
+    assert (two["name"], two["step"], two["reference"]) == ("V2 vs V1", "V2", "V1")
+    assert two["comparison"]["word"] == "WORSE" and two["comparison"]["difference"] == pytest.approx(0.05)
+    assert two["comparison"]["by_seed"] == pytest.approx({"1": 0.05, "2": 0.049, "3": 0.051})
+    assert two["comparison"]["p_holm"] == pytest.approx(2 * two["comparison"]["p"]), "one of two in the plan"
+    assert three["comparison"]["word"] == "INCOMPLETE"
+    assert "2 contrasts" in found["plan"]["sentence"]
+
+
+def test_contrasts_stay_under_each_optimizer(study):
+    found = content(study("V0 V1 V2", 'OPTIMIZERS="adamw sinkgd"', 'CONTRASTS="V2:V1"', V1_adamw=V0, V2_adamw=BELOW,
+                          V1_sinkgd=BELOW, V2_sinkgd=V0))
+    assert {c["name"]: c["comparison"]["word"] for c in found["contrasts"]} == {
+        "V2 adamw vs V1 adamw": "BETTER", "V2 sinkgd vs V1 sinkgd": "WORSE"}
+
+
+def test_a_study_without_contrasts_has_none(study):
+    assert content(study(V0=V0, V1=BELOW))["contrasts"] == []
+
+
 def test_every_machine_is_named(study, tmp_path):
     study(V0=V0, V1=BELOW)
     for cell in expand(Study(), [3]):

@@ -97,6 +97,18 @@ def test_a_whole_report(study):  # noqa: F811
         assert any(line.startswith(fact) for line in lines), fact
 
 
+def test_contrasts(study):  # noqa: F811
+    from lib.report.content import content
+
+    text = markdown.render(content(study("V0 V1 V2", 'CONTRASTS="V2:V1"', V0=V0, V1=BELOW, V2=V0)))
+    part = text.split("## Contrasts\n\n")[1].split("## Cells")[0].splitlines()
+    assert part[0] == "Steps against other steps; a family of 1 verdict of its own."
+    assert cells(part[2])[:3] == ["contrast", "verdict", "difference, nats (95 %)"]
+    assert cells(part[4])[:2] == ["V2 vs V1", "WORSE"] and cells(part[4])[2].startswith("+0.1000 (")
+    assert part[6].startswith("- V2 vs V1: +0.1000 nats (95 % CI ") and "WORSE" in part[6]
+    assert "## Contrasts" not in markdown.render(content(study(V0=V0, V1=BELOW)))
+
+
 def test_a_report_of_nothing(study):  # noqa: F811
     from lib.report.content import content
 
