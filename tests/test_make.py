@@ -369,6 +369,7 @@ def test_stopping_never_deletes_a_result(finished):
     ([], {"GPT2_MAX_TIME": "; rm -rf x"}, "GPT2_MAX_TIME=; rm -rf x is not a whole number."),
     (["SEEDS=1 1"], {}, "names a seed twice"),
     (["V6"], {}, "step V6 is not in study micro (V0 V1)."),
+    (["STUDY=gpt2-controls"], {}, "try: make defconfig-gpt2-controls, then this again without STUDY=."),
 ])
 def test_bad_input_is_one_sentence_and_nothing_is_lost(finished, arguments, extra, message):
     before = snapshot(finished.out)
