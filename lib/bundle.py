@@ -6,8 +6,8 @@ of an exact pattern, regular files, bounded sizes, and all of it is judged befor
 cell then appears whole, by a rename, and counts as done because its identity is that of the configured study's cell. What
 is finished here is never replaced; what is replaced goes to archive/.
 
-What was measured of a cell's model afterwards (fisher.json) travels with it and is no part of its result: it does not make
-two results differ, and is added to a finished cell that has none.
+What was measured of a cell's model afterwards (fisher.json; lm_eval.json with the items of its tasks) travels with it and is
+no part of its result: it does not make two results differ, and is added to a finished cell that has none.
 """
 
 import gzip
@@ -31,11 +31,13 @@ from lib.errors import UserError
 from lib.paths import shown
 from lib.plan import Plan
 
-AFTERWARDS = ("fisher.json",)  # of scripts/fim.py, which needs the weights
-CELL_FILES = (".config", "provenance.json", "metrics.json", "metrics.jsonl", "training.log", *AFTERWARDS)
+CELL_FILES = (".config", "provenance.json", "metrics.json", "metrics.jsonl", "training.log")
 NEEDED = CELL_FILES[:3]
+# What needs the weights, of scripts/fim.py and scripts/lm_eval.py: {the file that says what was measured: others it speaks of}.
+AFTERWARDS = {"fisher.json": None, "lm_eval.json": re.compile(r"lm_eval_[A-Za-z0-9_-]{1,200}\.jsonl")}
 CELL = re.compile(r"test_[A-Za-z0-9_.+-]+")
-MEMBER = re.compile(rf"({CELL.pattern})/(?:{'|'.join(map(re.escape, CELL_FILES))})|plan/(?:[0-9a-f]{{16}}|design)\.json")
+NAMES = [*map(re.escape, (*CELL_FILES, *AFTERWARDS)), *(others.pattern for others in AFTERWARDS.values() if others)]
+MEMBER = re.compile(rf"({CELL.pattern})/(?:{'|'.join(NAMES)})|plan/(?:[0-9a-f]{{16}}|design)\.json")
 
 MIB = 1 << 20
 FILE_LIMIT = 64 * MIB
@@ -111,7 +113,7 @@ def pack(out: Path, path: Path) -> Packed:
     """Write the finished cells of the results folder `out` to `path`. UserError if there is none, or the disk refuses."""
     made, members = Packed(), []
     for folder in sorted(p for p in out.glob("test_*") if p.is_dir()):
-        found = [folder / name for name in CELL_FILES if (folder / name).is_file()]
+        found = [p for p in sorted(folder.iterdir()) if cell_of(f"{folder.name}/{p.name}") is not None and p.is_file()]
         large = [p for p in found if p.stat().st_size > FILE_LIMIT]
         reason = "its name is none of a cell's" if cell_of(f"{folder.name}/.config") is None else flaw(folder)
         reason = reason or next((f"{p.name} is larger than {FILE_LIMIT // MIB} MiB" for p in large if p.name in NEEDED), None)
@@ -309,7 +311,7 @@ def _compare(out: Path, holder: Path, cells: list[str]) -> Unpacked:
         if not os.path.lexists(here):
             report.added.append(name)
         elif _finished(here):
-            if any(not _equal(here / new.name, new) for new in (holder / name).iterdir() if new.name not in AFTERWARDS):
+            if any(not _equal(here / new.name, new) for new in (holder / name).iterdir() if new.name in CELL_FILES):
                 raise _other_result(here)
             report.same.append(name)
         elif is_locked(here):
@@ -357,9 +359,11 @@ def _merge(out: Path, holder: Path, report: Unpacked) -> None:
                 archive(out, name)
             atomic.rename(holder / name, out / name)
         for name in report.same:
-            for new in (holder / name / one for one in AFTERWARDS):
-                if new.exists() and not os.path.lexists(out / name / new.name):
-                    atomic.rename(new, out / name / new.name)
+            for told, others in AFTERWARDS.items():
+                if (holder / name / told).exists() and not os.path.lexists(out / name / told):
+                    spoken_of = [p.name for p in (holder / name).iterdir() if others and others.fullmatch(p.name)]
+                    for new in (*spoken_of, told):  # which is last: what it speaks of is there
+                        atomic.rename(holder / name / new, out / name / new)
     for stored in sorted((holder / "plan").glob("*.json")):
         if not (out / "plan" / stored.name).exists():
             atomic.make_folder(out / "plan")

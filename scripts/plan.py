@@ -27,8 +27,8 @@ def options_from_environment(steps: Sequence[str] = (), tune: bool = False) -> O
     would go unheard."""
     get = os.environ.get
     if study := get("STUDY"):
-        raise UserError(f"STUDY={study} names a study to look at (make check, show, bench-steps, ...), and this is about the one in "
-                        ".config.", f"make defconfig-{study}, then this again without STUDY=.")
+        raise UserError(f"STUDY={study} names a study to look at (make check, show, bench-steps, ...), and this is about the "
+                        "one in .config.", f"make defconfig-{study}, then this again without STUDY=.")
     return Options(get("KABLATE_OUT", ""), get("KABLATE_SEEDS", ""), get("KABLATE_TIME", ""),
                    get("RETRY", "") not in ("", "0", "n"), tuple(steps), "" if tune else get("KABLATE_UNTIL", ""),
                    get("KABLATE_MAX_SEEDS", ""), get("KABLATE_LOOK", ""), get("KABLATE_JOBS", ""), tune)

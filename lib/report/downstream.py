@@ -19,6 +19,7 @@ given and none rests on them.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ NAME = "lm_eval.json"
 
 def samples_name(task: str) -> str:
     """The file of a task's items in a cell's folder."""
-    return f"lm_eval_{''.join(c if c.isalnum() or c in '_-' else '-' for c in task)}.jsonl"
+    return f"lm_eval_{re.sub('[^A-Za-z0-9_-]', '-', task)}.jsonl"
 
 
 def basis(record: dict) -> dict:

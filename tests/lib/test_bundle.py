@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -27,6 +28,7 @@ SCHEMA = Schema()
 FOREIGN = "get an archive that make pack has written; nothing was unpacked."
 DAMAGED = "check the path, or copy the archive anew; nothing was unpacked."
 V0, V1 = "test_V0_adamwspam_none", "test_V1_adamwspam_none"
+FILES = (*bundle.CELL_FILES, "fisher.json")
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +87,7 @@ def test_a_round_trip_brings_the_same_bytes_and_the_cells_count_as_done(machine,
     here = machine("b/deep/er", seeds="1337 7")
     report = unpack(here, tmp_path / "x.tar.gz")
     assert (report.added, report.replaced, report.same) == (sorted(made.cells), [], [])
-    expected = {k: v for k, v in contents(there.out).items() if os.path.basename(k) in bundle.CELL_FILES}
+    expected = {k: v for k, v in contents(there.out).items() if os.path.basename(k) in FILES}
     assert contents(here.out) == expected and len(expected) == 4 * 6
     assert set(states(here).values()) == {DONE} and not any(runs for _, _, runs in Plan(Options()).rows())
     assert not [p for p in tmp_path.rglob(".unpack-*")]
@@ -117,6 +119,32 @@ def test_what_was_measured_afterwards_travels_and_is_no_part_of_the_result(machi
     assert (here.out / V1 / "fisher.json").read_text() == f"of {V1}"
     fresh = machine("c")
     assert unpack(fresh, archive).added == [V0, V1] and (fresh.out / V0 / "fisher.json").read_text() == f"of {V0}"
+
+
+def test_scores_travel_with_their_items(machine, tmp_path):
+    there, archive = machine("a"), tmp_path / "x.tar.gz"
+    finished(there)
+    for cell in (V0, V1):
+        for name in ("lm_eval.json", "lm_eval_arc_easy.jsonl", "lm_eval_my-task.jsonl"):
+            (there.out / cell / name).write_text(f"{name} of {cell}")
+    for name in ("lm_eval_.jsonl", "lm_eval_a b.jsonl", "lm_eval_a.json", "lm_evalx.jsonl"):
+        (there.out / V0 / name).write_text("of somebody else")
+    pack(there.out, archive)
+    fresh = machine("b")
+    assert unpack(fresh, archive).added == [V0, V1]
+    assert sorted(p.name for p in (fresh.out / V0).glob("lm*")) == ["lm_eval.json", "lm_eval_arc_easy.jsonl",
+                                                                    "lm_eval_my-task.jsonl"]
+    here = machine("c")
+    unpack(here, archive)
+    for path in here.out.glob("test_*/lm_eval*"):
+        path.unlink()
+    (here.out / V0 / "lm_eval.json").write_text("its own, and of no task")
+    before = snapshot(here.out)
+    assert unpack(here, archive).same == [V0, V1]
+    after = snapshot(here.out)
+    assert sorted(os.path.relpath(p, here.out) for p in after.keys() - before.keys()) == [
+        f"{V1}/{name}" for name in ("lm_eval.json", "lm_eval_arc_easy.jsonl", "lm_eval_my-task.jsonl")]
+    assert {p: after[p] for p in before} == before, "items of other scores are not mixed with those that are here"
 
 
 def test_plans_travel_and_those_that_are_there_stay(machine, tmp_path):
@@ -160,7 +188,7 @@ def test_the_archive_holds_records_and_logs_and_nothing_else(machine, tmp_path):
     pack(there.out, tmp_path / "x.tar.gz")
     with tarfile.open(tmp_path / "x.tar.gz") as tar:
         members = tar.getmembers()
-    assert [m.name for m in members] == sorted(f"{cell}/{name}" for cell in (V0, V1) for name in bundle.CELL_FILES)
+    assert [m.name for m in members] == sorted(f"{cell}/{name}" for cell in (V0, V1) for name in FILES)
     assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode, m.type) for m in members} == {
         (0, 0, 0, "", "", 0o644, tarfile.REGTYPE)}
 
@@ -315,7 +343,7 @@ def test_an_unfinished_cell_is_replaced_and_archived(machine, tmp_path, left):
     assert (report.added, report.replaced) == ([V0], [V1]) and set(states(here).values()) == {DONE}
     archived = contents(here.out / "archive" / f"{V1}.1")
     archived.pop(".lock")
-    assert archived == old and sorted(os.listdir(here.out / V1)) == sorted(bundle.CELL_FILES)
+    assert archived == old and sorted(os.listdir(here.out / V1)) == sorted(FILES)
 
 
 def test_a_cell_that_is_running_is_not_replaced(machine, tmp_path):
@@ -655,7 +683,8 @@ def test_a_name_is_taken_only_if_it_is_a_file_right_below_a_cell_or_the_plan(nam
     parts = name.split("/")
     assert len(parts) == 2 and name.isascii() and name.isprintable() and " " not in name and "\\" not in name
     assert os.path.normpath(name) == name and not os.path.isabs(name)
-    assert (parts[1] in bundle.CELL_FILES and parts[0] == folder and folder.startswith("test_") and len(folder) <= 240
+    known = parts[1] in FILES or re.fullmatch(r"lm_eval(_[A-Za-z0-9_-]+\.jsonl|\.json)", parts[1])
+    assert (known and parts[0] == folder and folder.startswith("test_") and len(folder) <= 240
             ) or (parts[0] == "plan" and folder == "" and parts[1].endswith(".json"))
 
 
