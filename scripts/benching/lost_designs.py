@@ -7,11 +7,13 @@ what differs is only where the two terms meet and where the gates act:
     Concatenation        [g_std q_std | g_rec q_low] and [g_std k_std | g_rec k_low] put together at run time, then SDPA
     GatesOnActivations   g multiplies q and k, then SDPA
     TwoCalls             w_std SDPA(q, k, v) + w_rec SDPA(k, q, v)
+    Sinkhorn             softmax over keys and over queries in turn, ITERATIONS times, instead of one softmax (arXiv 2110.11773)
 
 With g^2 = w the first three compute what the folded form computes, to rounding. TwoCalls is another function: the mean of two
-attentions, one with queries and keys exchanged. They are references for make bench-attention; they attend over whole sequences
-only and know no dropout, cache, coupling, skip gate or self-restart. Gates are cast to the type of what they multiply, as a
-good implementation would.
+attentions, one with queries and keys exchanged. Sinkhorn, the other way to have reciprocity, uses no gates; a column of its
+weights runs over later queries, so no causal model could use it: it is here for what it costs. They are references for make
+bench-attention; they attend over whole sequences only and know no dropout, cache, coupling, skip gate or self-restart. Gates
+are cast to the type of what they multiply, as a good implementation would.
 """
 
 from typing import Any
@@ -64,5 +66,17 @@ class TwoCalls(Ungated):
         return std.square() * super().attend(q, keys, values) + low.square() * super().attend(keys, q, values)
 
 
+class Sinkhorn(Ungated):
+    ITERATIONS = 3  # few, as such methods go
+
+    def attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        scores = (q @ keys.transpose(-2, -1)).float() * self.head_dim ** -0.5
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+        for _ in range(self.ITERATIONS):
+            scores = scores.log_softmax(-2).log_softmax(-1)
+        return scores.exp().to(values.dtype) @ values
+
+
 DESIGNS = {"two products": TwoProducts, "concatenation": Concatenation, "gates on q, k": GatesOnActivations,
-           "two SDPA calls": TwoCalls}
+           "two SDPA calls": TwoCalls, "Sinkhorn": Sinkhorn}

@@ -10,7 +10,7 @@ from gpt2.attention.unified_ra import UnifiedRAttention
 from gpt2.layers import init_weights
 from lib.config import Study
 from scripts import bench_attention
-from scripts.benching.lost_designs import DESIGNS, TwoCalls
+from scripts.benching.lost_designs import DESIGNS, Sinkhorn, TwoCalls
 from tests.harness import ROOT, refusal
 
 torch.set_num_threads(1)
@@ -37,7 +37,7 @@ def cells(text):
 
 def test_rows_of_the_baseline_a_step_and_every_design(capsys, tmp_path):
     rows, record, said = bench(capsys, tmp_path, "V1")
-    names = ["V0", "V1", "two products", "concatenation", "gates on q, k", "two SDPA calls"]
+    names = ["V0", "V1", "two products", "concatenation", "gates on q, k", "two SDPA calls", "Sinkhorn"]
     assert [(r["pass"], r["arm"]) for r in rows] == [(p, n) for p in ("forward", "forward+backward") for n in names]
     for row in rows:
         assert row["error"] is None and (row["dtype"], row["mode"]) == ("float32", "eager")
@@ -46,14 +46,14 @@ def test_rows_of_the_baseline_a_step_and_every_design(capsys, tmp_path):
     memory = {(r["pass"], r["arm"]): r["memory"] for r in rows}
     assert memory["forward", "V0"] == memory["forward+backward", "V0"] == 1 < memory["forward", "V1"]
     assert all(memory["forward+backward", n] > 0.9 for n in names)
-    assert rows[6]["memory_bytes"] > rows[0]["memory_bytes"], "a backward pass needs what the forward pass left"
+    assert rows[7]["memory_bytes"] > rows[0]["memory_bytes"], "a backward pass needs what the forward pass left"
     table = cells(said.out)
-    assert table[0] == bench_attention.HEADER and [row[0] for row in table[2:14]] == names * 2
-    best = table[14:]
-    assert best[0] == bench_attention.BEST_HEADER and len(best) == 2 + 12 and best[2][-1] == "1.000"
+    assert table[0] == bench_attention.HEADER and [row[0] for row in table[2:16]] == names * 2
+    best = table[16:]
+    assert best[0] == bench_attention.BEST_HEADER and len(best) == 2 + 14 and best[2][-1] == "1.000"
     bench_attention.main(["--show", str(tmp_path / "rows.json")])
     shown = capsys.readouterr().out
-    assert cells(shown)[2:14] == table[2:14] and cells(shown)[16:] == best[2:]
+    assert cells(shown)[2:16] == table[2:16] and cells(shown)[18:] == best[2:]
     assert "batch 1, 2 heads of 16, 8 tokens, rank 4; 2 rounds of 1 calls; relative to V0." in shown
 
 
@@ -82,7 +82,7 @@ def modules(name, rank=4):
     return made
 
 
-@pytest.mark.parametrize("name", [name for name in DESIGNS if DESIGNS[name] is not TwoCalls])
+@pytest.mark.parametrize("name", [name for name in DESIGNS if DESIGNS[name] not in (TwoCalls, Sinkhorn)])
 def test_three_designs_compute_what_the_folded_form_does(name):
     """Outputs and gradients, of the gates too."""
     folded, other = modules(name)
@@ -107,6 +107,22 @@ def test_two_calls_mix_two_attentions():
     w_std, w_rec = torch.tensor([0.81, 0.49]), torch.tensor([0.25, 1.69])
     mixed = w_std[:, None, None] * std + w_rec[:, None, None] * low
     torch.testing.assert_close(module(x), module.c_proj(mixed.transpose(1, 2).flatten(2)), rtol=1e-4, atol=1e-5)
+
+
+def test_sinkhorn_makes_rows_and_columns_sum_to_one():
+    """Causal weights whose rows and columns all sum to one are the identity; three iterations are on the way there."""
+    _, module = modules("Sinkhorn")
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 2, 5, 32, generator=generator) for _ in range(2))
+    eye = torch.eye(5).expand(1, 2, 5, 5)
+    weights = module.attend(q, k, eye)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 2, 5))
+    assert not weights.triu(1).any()
+    off = [(weights.sum(-2) - 1).abs().max()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sinkhorn, "ITERATIONS", 30)
+        off.append((module.attend(q, k, eye).sum(-2) - 1).abs().max())
+    assert off[1] < off[0] / 2
 
 
 @pytest.mark.parametrize("name", DESIGNS)
@@ -159,15 +175,15 @@ def test_compiled_is_one_program_a_module_and_pass(capsys, tmp_path, monkeypatch
         rows, record, _ = bench(capsys, tmp_path, "V0", "--compile")
     finally:
         torch._dynamo.reset()
-    assert counter.frame_count == 2 * 5, "the baseline, which is there twice, and four designs"
+    assert counter.frame_count == 2 * 6, "the baseline, which is there twice, and five designs"
     assert {row["mode"] for row in rows} == {"compiled"} and not any(row["memory_bytes"] or row["error"] for row in rows)
     assert record["environment"]["compile"] is True
 
 
 def test_what_does_not_run_is_a_row(capsys, tmp_path):
     rows, _, said = bench(capsys, tmp_path, "V0", "--rank", "16")
-    assert [row["error"] for row in rows] == [None, *["ValueError: R 16 must be at least 1 and below head_dim 16"] * 4] * 2
-    assert said.out.count("ValueError") == 8 and len(cells(said.out)) == 2 + 10 + 2 + 2
+    assert [row["error"] for row in rows] == [None, *["ValueError: R 16 must be at least 1 and below head_dim 16"] * 5] * 2
+    assert said.out.count("ValueError") == 10 and len(cells(said.out)) == 2 + 12 + 2 + 2
 
 
 def test_bad_input_is_refused_before_anything_is_built(tmp_path, monkeypatch):
