@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.layers import autocast_dtype, full_precision
-
-IGNORED = -1  # a target that does not count
+from lib.data import IGNORED
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunks: int) -> Tensor:

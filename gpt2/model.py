@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from gpt2.block import Context
-from gpt2.head import IGNORED, linear_cross_entropy
+from gpt2.head import linear_cross_entropy
 from gpt2.kv_cache import KVCache
 from gpt2.layers import Embedding, autocast_dtype, init_weights
 from gpt2.recompute import allow_in_programs, recomputed
 from gpt2.rules import hidden_width
+from lib.data import IGNORED
 from lib.streams import cell_seed
 
 if TYPE_CHECKING:

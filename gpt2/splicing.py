@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from gpt2 import kvsplice
 from gpt2.kvsplice_calibrator import KVSpliceCalibrator
 from lib import loop, runtime
-from lib.data import EvalSet, draw_size, train_batch
+from lib.data import draw_size, evaluation_set, train_batch
 from lib.errors import UserError
 from lib.steps import file_name
 from lib.streams import cell_seed, stream_seed
@@ -47,7 +47,7 @@ def compress(cfg: "Config", model: "torch.nn.Module", corpus: "Corpus", folder: 
             report = KVSpliceCalibrator(cfg).fit(model, windows)
         kvsplice.save(path, model, step=step, seed=cfg.SEED, identity=values_of, report=report)
         header = kvsplice.load(path, model, identity=values_of)
-    eval_set = EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, draw_size(cfg), cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
+    eval_set = evaluation_set(cfg, corpus)
     losses = {}
     for mode, name in (("off", "val_loss_before"), ("pca", "val_loss_pca"), ("splice", "val_loss")):
         with kvsplice.codec_mode(model, mode):

@@ -199,7 +199,7 @@ def train_cell(folder: Path, cfg: "Config", provenance: dict) -> int:
     from gpt2.kvsplice import codec_mode
     from gpt2.model import GPT
     from lib import checkpoint, finite, generations, loop, optimizers, results, runtime, slots, tracking
-    from lib.data import open_corpus
+    from lib.data import evaluation_set, open_corpus
     from lib.schedule import Budget, tokens_per_iteration
 
     stop = loop.StopRequest()
@@ -253,6 +253,8 @@ def train_cell(folder: Path, cfg: "Config", provenance: dict) -> int:
         if cfg.KVSPLICE and not parent:
             compression = compress()
             progress.val_loss, progress.best_val_loss = compression["val_loss"], None  # the best was uncompressed
+            with codec_mode(model, "splice"):
+                progress.val_loss_by_position = loop.evaluate_by_position(cfg, model, evaluation_set(cfg, corpus), device)
             if not math.isfinite(progress.val_loss):
                 raise loop.Diverged(f"the validation loss with compressed values is {progress.val_loss}")
     except loop.Interrupted:
@@ -261,7 +263,7 @@ def train_cell(folder: Path, cfg: "Config", provenance: dict) -> int:
         if not group.first:
             return 0
         state, reason = "diverged", str(error)
-        progress.val_loss = None  # a value from the middle of the run is no result
+        progress.val_loss = progress.val_loss_by_position = None  # a value from the middle of the run is no result
         if keeping and (name := finite.not_finite(dict(model.named_parameters()))):
             keeping, found = bring_back(model, folder)
             reason += f"; {name} is not finite, {found}"
@@ -276,8 +278,8 @@ def train_cell(folder: Path, cfg: "Config", provenance: dict) -> int:
     results.write(
         folder, provenance, state, reason, inactive=progress.inactive,
         val_loss=progress.val_loss, val_perplexity=loop.perplexity(progress.val_loss), compression=compression,
-        best_val_loss=progress.best_val_loss, train_loss=progress.train_loss,
-        iterations=progress.iteration, tokens=tokens,
+        val_loss_by_position=progress.val_loss_by_position, best_val_loss=progress.best_val_loss,
+        train_loss=progress.train_loss, iterations=progress.iteration, tokens=tokens,
         train_seconds=clocks["train"], tokens_per_second=tokens / clocks["train"] if clocks["train"] else None,
         budget_progress=Budget.from_config(cfg).progress(progress.iteration, clocks["train"]),
         start_seconds=progress.start_seconds, compile_seconds=clocks["compile"], eval_seconds=clocks["eval"],

@@ -49,11 +49,11 @@ def has_other_data(cell: Cell, status: Status) -> bool:
     before = dict(OTHER_DATA.findall(status.why)) if status.state == "failed" else {}
     if not before:
         return False
-    from lib.data import EvalSet, draw_size, open_corpus
+    from lib.data import evaluation_set, open_corpus
 
     cfg = cell.resolved.config
     corpus = open_corpus(cfg)
-    windows = EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, draw_size(cfg), cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
+    windows = evaluation_set(cfg, corpus)
     now = {"train_hash": corpus.train.fingerprint(), "eval_hash": windows.hash}
     return any(not now[name].startswith(digest) for name, digest in before.items())
 

@@ -26,7 +26,7 @@ import torch
 
 from lib import finite, generations, gradients, process, ranks, runtime
 from lib.config import identity_changes
-from lib.data import EvalSet, draw_size, train_batch, unigram_entropy
+from lib.data import IGNORED, EvalSet, draw_size, evaluation_set, train_batch, unigram_entropy
 from lib.errors import UserError, one_line
 from lib.mechanisms import Mechanisms, Moment
 from lib.schedule import Budget, learning_rate, tokens_per_iteration
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lib.data.sources import Corpus
 
 COMPILE_WARMUP_STEPS = 3
+POSITIONS = 4  # parts of the context
 
 
 class Interrupted(Exception):
@@ -58,6 +59,7 @@ class Progress:
     first_loss: float | None = None  # of the model before its first step, on the first batch
     train_loss: float | None = None
     val_loss: float | None = None
+    val_loss_by_position: list[float] | None = None  # of the last evaluation
     inactive: str | None = None
     last_loss: float | None = None  # of the last finite step, as last_norm, that of its gradient
     last_norm: float | None = None
@@ -124,7 +126,7 @@ def train(cfg: "Config", model: torch.nn.Module, optimizer: torch.optim.Optimize
     device, seed = clock.device, cell_seed(cfg)
     micro_batch, parts = ranks.split(cfg, group.size)
     budget, per_iteration = Budget.from_config(cfg), tokens_per_iteration(cfg)
-    eval_set = EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, draw_size(cfg), cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
+    eval_set = evaluation_set(cfg, corpus)
     data = {"train_hash": corpus.train.fingerprint(), "eval_hash": eval_set.hash}
     training = budget.iterations != 0  # a cell that is only evaluated compiles nothing
     compiling = training and (cfg.GPT2_COMPILE or device.type == "cuda")
@@ -177,6 +179,8 @@ def train(cfg: "Config", model: torch.nn.Module, optimizer: torch.optim.Optimize
         clock.switch("eval")
         require_finite(weights=last)
         progress.val_loss = evaluate(cfg, model, eval_set, device, group)
+        if last:
+            progress.val_loss_by_position = evaluate_by_position(cfg, model, eval_set, device, group)
         if loss_count:
             progress.train_loss = loss_sum.item() / loss_count
         loss_sum, loss_count = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -380,6 +384,32 @@ def evaluate(cfg: "Config", model: Any, eval_set: Iterable, device: torch.device
         batches += 1
         process.show_life()
     return (group.total(total) / group.total(torch.full_like(total, batches))).item()
+
+
+@torch.no_grad()
+def evaluate_by_position(cfg: "Config", model: Any, eval_set: EvalSet, device: torch.device,
+                         group: ranks.Alone = ranks.ALONE) -> list[float] | None:
+    """Mean cross-entropy in nats in each of POSITIONS equal parts of the context, from its begin to its end; None if the
+    evaluation set has too few batches or positions for that.
+
+    A program gives one loss a batch, so each batch has the targets of one part only, and the parts take turns: all of them
+    cost one pass. They are means over different windows, the same ones for every arm.
+    """
+    if min(eval_set.n_batches, eval_set.block) < POSITIONS:
+        return None
+    model.eval()
+    totals, counts = torch.zeros(2, POSITIONS, dtype=torch.float64, device=device)
+    edges = np.linspace(0, eval_set.block, POSITIONS + 1).round().astype(int)
+    for number, (x, y) in itertools.islice(enumerate(eval_set), group.rank, None, group.size):
+        part, targets = number % POSITIONS, np.full_like(y, IGNORED)
+        kept = slice(edges[part], edges[part + 1])
+        targets[:, kept] = y[:, kept]
+        x, targets = to_device((x, targets), device)
+        with runtime.autocast(cfg, device):
+            totals[part] += model(x, targets)[1].double()
+        counts[part] += 1
+        process.show_life()
+    return (group.total(totals) / group.total(counts)).tolist()
 
 
 def to_device(batch: Any, device: torch.device) -> tuple[torch.Tensor, ...]:

@@ -2,8 +2,8 @@
 
 Every record has all KEYS; what was not measured is null. `state` is done, diverged or failed, with a `reason` for the
 latter two. `inactive` says of a cell whose mechanism never acted within its budget why; it must not be compared.
-`shared_device` says whether another cell ran on its device meanwhile. The file is strict JSON and the last file a cell
-writes.
+`val_loss_by_position` is the loss in each of several equal parts of the context, from its begin to its end. `shared_device`
+says whether another cell ran on its device meanwhile. The file is strict JSON and the last file a cell writes.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ NAME = "metrics.json"
 STATES = ("done", "diverged", "failed")
 KEYS = (
     "format", "state", "reason", "inactive", "study", "step", "optimizer", "seed", "identity",
-    "val_loss", "val_perplexity", "best_val_loss", "train_loss",
+    "val_loss", "val_perplexity", "val_loss_by_position", "best_val_loss", "train_loss",
     "iterations", "tokens", "train_seconds", "tokens_per_second", "budget_progress",
     "start_seconds", "compile_seconds", "eval_seconds", "calibration_seconds", "checkpoint_seconds", "other_seconds", "resumed",
     "shared_device", "parameters", "sizes", "kv_cache_bytes", "kv_cache_parts", "peak_memory_bytes", "compression",
@@ -39,7 +39,8 @@ KINDS = {
                      "eval_seconds", "calibration_seconds", "checkpoint_seconds", "other_seconds"), "amount"),
     **dict.fromkeys(("val_loss", "val_perplexity", "best_val_loss", "train_loss"), "number"),
     **dict.fromkeys(("sizes", "data", "environment", "configuration"), "table"),
-    "shared_device": "flag", "kv_cache_parts": "table of amounts", "compression": "comparison of codecs",
+    "val_loss_by_position": "list of numbers", "shared_device": "flag",
+    "kv_cache_parts": "table of amounts", "compression": "comparison of codecs",
 }
 LARGEST = 1e100  # of a number: its square is one too
 
@@ -120,6 +121,8 @@ def _is(kind: str, value: Any) -> bool:
         return isinstance(value, dict) and all(
             v is None or isinstance(v, bool | str) or is_number(v)
             or isinstance(v, dict) and all(isinstance(text, str) for text in v.values()) for v in value.values())
+    if kind == "list of numbers":
+        return isinstance(value, list) and all(map(is_number, value))
     if kind == "table of amounts":
         return isinstance(value, dict) and all(_is("amount", v) for v in value.values())
     if kind == "comparison of codecs":

@@ -7,7 +7,7 @@ also the embedded one and a local folder, is then opened, checked and described.
 import argparse
 import math
 
-from lib.data import Corpus, EvalSet, draw_size, open_corpus, unigram_entropy
+from lib.data import Corpus, EvalSet, evaluation_set, open_corpus, unigram_entropy
 from lib.data.sources import PREPARED
 from lib.errors import reported
 
@@ -41,8 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
 
             prepare(cfg)
         corpus = open_corpus(cfg)
-        print(described(corpus, EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, draw_size(cfg), cfg.GPT2_BLOCK_SIZE,
-                                        corpus.vocab_size)))
+        print(described(corpus, evaluation_set(cfg, corpus)))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from gpt2 import fisher, trained
 from lib import atomic, design, runtime
 from lib.arms import group, reference
 from lib.config import announce
-from lib.data import EvalSet, draw_size, open_corpus
+from lib.data import EvalSet, draw_size, evaluation_set, open_corpus
 from lib.errors import UserError, reported
 from lib.paths import shown
 from lib.plan import Plan
@@ -92,7 +92,7 @@ class Windows:
                cfg.GPT2_BLOCK_SIZE)
         if key not in self.sets:
             corpus = open_corpus(cfg)
-            self.sets[key] = EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, draw_size(cfg), cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
+            self.sets[key] = evaluation_set(cfg, corpus)
         found = self.sets[key]
         if found.hash != eval_hash:
             raise UserError(f"the validation set of {cfg.DATASET} is not the one that {name} was evaluated on.",

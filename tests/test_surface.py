@@ -51,10 +51,10 @@ README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff LICENSE Dockerfile
 STATES = {"planned", "running", "interrupted", "stale", "done", "diverged", "failed"}
 
 KEYS = words("""
-format state reason inactive study step optimizer seed identity val_loss val_perplexity best_val_loss train_loss iterations
-tokens train_seconds tokens_per_second budget_progress start_seconds compile_seconds eval_seconds calibration_seconds
-checkpoint_seconds other_seconds resumed shared_device parameters sizes kv_cache_bytes kv_cache_parts peak_memory_bytes
-compression data environment configuration started finished checksum
+format state reason inactive study step optimizer seed identity val_loss val_perplexity val_loss_by_position best_val_loss
+train_loss iterations tokens train_seconds tokens_per_second budget_progress start_seconds compile_seconds eval_seconds
+calibration_seconds checkpoint_seconds other_seconds resumed shared_device parameters sizes kv_cache_bytes kv_cache_parts
+peak_memory_bytes compression data environment configuration started finished checksum
 """)
 
 # Symbols of a cell's identity: removing or renaming one, or changing its default, makes finished cells stale.

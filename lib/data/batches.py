@@ -17,8 +17,10 @@ from lib.streams import stream_seed
 
 if TYPE_CHECKING:
     from lib.config import Config
+    from lib.data.sources import Corpus
 
 UNIGRAM_TOKENS = 10_000_000
+IGNORED = -1  # a target that does not count
 
 
 def draw_size(cfg: "Config") -> int:
@@ -45,6 +47,11 @@ def train_batch(tokens: Tokens, seed: int, step: int, micro: int, batch: int, bl
     skipped = first - draws[0] * drawn
     starts = raw[skipped:skipped + batch] % np.uint64(count)  # the bias of the modulo is below count / 2^64
     return _shifted(tokens.windows(starts.tolist(), block + 1))
+
+
+def evaluation_set(cfg: "Config", corpus: "Corpus") -> "EvalSet":
+    """The evaluation set of a configuration."""
+    return EvalSet(corpus.val, cfg.GPT2_EVAL_SAMPLES, draw_size(cfg), cfg.GPT2_BLOCK_SIZE, corpus.vocab_size)
 
 
 class EvalSet:

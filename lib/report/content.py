@@ -16,7 +16,7 @@ import numpy as np
 from lib import anytime, design, stats
 from lib.arms import Group, compare, contrasted, group, reference, refuse_copies
 from lib.classes import FunctionClass, function_classes
-from lib.report import caches, compression, downstream
+from lib.report import caches, compression, downstream, positions
 from lib.tables import plural
 from lib.verdicts import Comparison
 
@@ -115,6 +115,7 @@ def _means(records: list[dict]) -> dict:
     for key in MEANS:
         known = [r[key] for r in records if r[key] is not None]
         found[key] = fmean(known) if known and len(known) == len(records) else None
+    found[positions.KEY] = positions.mean(records)
     found["parameters"] = records[0]["parameters"] if records else None
     found["val_loss_sd"] = stdev(r["val_loss"] for r in records) if len(records) > 1 else None
     return found
@@ -127,7 +128,7 @@ def _comparison(one: Group, base: Group, c: Comparison, test: str, evaluations: 
              "p": e and e.p, "p_holm": c.p_holm, "p_sign_flip": c.p_sign_flip, "sign_flip_floor": c.sign_flip_floor,
              "p_equivalence": c.p_equivalence, "detectable": c.detectable, "seeds_needed": c.seeds_needed,
              "correlation": c.correlation, "by_seed": {str(seed): d for seed, d in c.by_seed.items()}, "gates": c.gates,
-             "equal_tokens": None, "equal_seconds": None, "speed": None}
+             "equal_tokens": None, "equal_seconds": None, "speed": None, "by_position": None}
     if c.by_seed:
         arms = ({cell.seed: (evaluations[cell.name], status.record) for cell, status in arm.cells if cell.seed in c.by_seed}
                 for arm in (one, base))
@@ -141,7 +142,7 @@ def _contrast(one: Group, other: Group, c: Comparison, test: str, evaluations: d
 
 
 def views(arm: dict, base: dict, test: str) -> dict:
-    """Loss at equal tokens and at equal training seconds, and the ratio of tokens/s, over the seeds both have.
+    """Loss at equal tokens and at equal training seconds, the ratio of tokens/s, loss by position: over the seeds both have.
 
     They describe; no verdict rests on them. Their 95 % intervals are each on its own, and as valid under looks as `test`.
 
@@ -165,6 +166,8 @@ def views(arm: dict, base: dict, test: str) -> dict:
     if speeds and all(a and b for a, b in speeds):
         ratio, low, high = stats.ratio(*zip(*speeds, strict=True), estimator)  # type: ignore[call-arg]  # two arms
         found["speed"] = {"ratio": ratio, "low": low, "high": high, "n": len(speeds)}
+    found["by_position"] = positions.compared(*([one[seed][1] for seed in sorted(arm.keys() & base.keys())]
+                                                for one in (arm, base)), estimator)
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from lib import atomic
 from lib.paths import user_cache
-from lib.report import caches, charts, compression, curves, downstream
+from lib.report import caches, charts, compression, curves, downstream, positions
 from lib.report.curves import number
 from lib.tables import count, duration
 
@@ -66,7 +66,7 @@ def environment() -> Any:
     made.filters.update(signed=signed, difference=difference, ratio=ratio, fixed=fixed, whole=whole, count=_or_nothing(count),
                         duration=_or_nothing(duration), mib=mib, moment=moment, value=value, kind=kind)
     made.globals.update(COLOURS=COLOURS, sweep_multiples=sweep_multiples, compression=compression, caches=caches,
-                        downstream=downstream)
+                        downstream=downstream, positions=positions)
     return made
 
 
@@ -107,7 +107,8 @@ def digest(content: dict) -> str:
 
 def code() -> str:
     """sha256 of what makes a page of a content."""
-    files = (__file__, caches.__file__, charts.__file__, compression.__file__, curves.__file__, downstream.__file__, TEMPLATE)
+    files = (__file__, caches.__file__, charts.__file__, compression.__file__, curves.__file__, downstream.__file__,
+             positions.__file__, TEMPLATE)
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 

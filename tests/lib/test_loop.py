@@ -13,7 +13,7 @@ from torch import nn
 
 from lib import gradients, loop, optimizers, runtime, tracking
 from lib.config import load
-from lib.data import EvalSet, draw_size, open_corpus
+from lib.data import IGNORED, EvalSet, draw_size, evaluation_set, open_corpus
 from lib.streams import cell_seed, stream_seed
 from tests.harness import Never, StopAfter
 
@@ -55,7 +55,7 @@ class Bigram(nn.Module):
         for layer in self.layer:
             h = layer(h)
         logits = self.head(h)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
 def configuration(**symbols):
@@ -344,6 +344,48 @@ def test_evaluation_is_compiled_off_all_other_clocks_when_it_is_first_needed(tmp
     whole = max(call[1] for call in calls if call != "breaks told")
     assert calls == [(3, 1), "breaks told", (3, whole), (6, 1), "breaks told", (6, whole), (8, whole)]
     assert 0.4 < progress.clocks["compile"] < 0.6 < progress.clocks["eval"] < 1.0 and progress.clocks["train"] < 0.2
+
+
+# Loss by position
+
+class Positional(Bigram):
+    """Knows the more, the further it has read: its loss differs from part to part."""
+
+    def forward(self, x, targets=None):
+        logits = super().forward(x, x)[0] + 9 * F.one_hot(x, 256) * torch.linspace(0, 1, x.shape[1])[:, None]
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+
+@pytest.mark.parametrize("block, samples", [(32, 9), (30, 4), (4, 5)])
+def test_the_loss_by_position_is_that_of_each_part_in_batches_that_take_turns(block, samples):
+    torch.manual_seed(0)
+    cfg, model = configuration(GPT2_BLOCK_SIZE=block, GPT2_EVAL_SAMPLES=samples), Positional(0)
+    batches = evaluation_set(cfg, open_corpus(cfg))
+    edges = [round(block * part / 4) for part in range(5)]
+    losses = [[] for _ in range(4)]
+    for number, (x, y) in enumerate(batches):
+        part = slice(edges[number % 4], edges[number % 4 + 1])
+        with torch.no_grad():
+            logits = model(torch.from_numpy(x), torch.from_numpy(y))[0][:, part]
+        losses[number % 4].append(F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(y[:, part]).flatten()).item())
+    found = loop.evaluate_by_position(cfg, model, batches, torch.device("cpu"))
+    assert found == pytest.approx([sum(part) / len(part) for part in losses], rel=1e-6) and len(set(found)) == 4
+    assert not model.training
+
+
+@pytest.mark.parametrize("symbols", [{"GPT2_EVAL_SAMPLES": 3}, {"GPT2_BLOCK_SIZE": 3, "GPT2_EVAL_SAMPLES": 8}])
+def test_too_little_to_divide_has_no_loss_by_position(symbols):
+    cfg = configuration(**symbols)
+    assert loop.evaluate_by_position(cfg, Bigram(0), evaluation_set(cfg, open_corpus(cfg)), torch.device("cpu")) is None
+
+
+def test_the_loss_by_position_is_that_of_the_trained_model(tmp_path):
+    torch.manual_seed(0)
+    model = Bigram(0)
+    progress, _ = run(tmp_path, model, GPT2_EVAL_SAMPLES=8)
+    cfg = configuration(GPT2_EVAL_SAMPLES=8)
+    again = loop.evaluate_by_position(cfg, model, evaluation_set(cfg, open_corpus(cfg)), torch.device("cpu"))
+    assert progress.val_loss_by_position == again and min(again) < progress.val_loss < max(again)
 
 
 def test_graph_breaks_are_told_once_with_their_reason(capsys):

@@ -120,7 +120,8 @@ def test_anything_else_is_unreadable_with_a_reason(tmp_path, text, reason):
     ("step", 3, "text"), ("reason", ["x"], "text"), ("seed", 1.5, "count"), ("seed", True, "count"), ("tokens", -1, "count"),
     ("parameters", 10 ** 400, "count"), ("train_seconds", -0.5, "amount"), ("val_perplexity", "3", "number"),
     ("environment", [], "table"), ("data", {"train_hash": []}, "table"), ("environment", {"sources": {"a": 1}}, "table"),
-    ("kv_cache_parts", {"keys": "8"}, "table of amounts"), ("compression", {"val_loss": 3.0}, "comparison of codecs"),
+    ("kv_cache_parts", {"keys": "8"}, "table of amounts"), ("val_loss_by_position", [3.0, None], "list of numbers"),
+    ("val_loss_by_position", {"0": 3.0}, "list of numbers"), ("compression", {"val_loss": 3.0}, "comparison of codecs"),
     ("compression", {"val_loss": 1, "val_loss_pca": 1, "val_loss_before": 1, "layers": [{"error": 1}]}, "comparison of codecs"),
 ])
 def test_a_value_of_another_kind_is_unreadable_and_named(tmp_path, key, value, kind):
