@@ -2,15 +2,14 @@
 
 docs/claims.toml holds one [[claim]] table a claim. What a person writes there is the claim and where its evidence lies;
 whether it holds is never typed: it is the outcome of a test (`proof` with `holds`: the suite passes only if the test shows
-it) or the word of a committed report (`artifact`), and without either the claim is untested.
+it), the word of a committed report (`artifact`), or what a comparison of committed figures with what the claim says of them
+gives (`figures` with `says`, lib/figures.py), and without any of them the claim is untested.
 
 `read` gives a Ledger or raises UserError for the first entry that is not right: every test, study, artifact and step that
 an entry names must be there. `render` gives the page for people, docs/claims.md.
 """
 
 import ast
-import json
-import math
 import re
 import tomllib
 from collections import Counter
@@ -22,18 +21,18 @@ from typing import Any
 
 from lib.config import defconfig_names
 from lib.errors import UserError
+from lib.figures import RESULTS, WORDS, figure_at, report_at, saying
 from lib.paths import ROOT
 from lib.tables import table
 
 NAME = "docs/claims.toml"
 PAGE = "docs/claims.md"
-RESULTS = "docs/results/"
 KINDS = ("structural", "quantitative")
 HOLDS, FAILS, MEASURED, UNTESTED = "holds by proof", "does not hold", "measured", "untested"
 MEANINGS = {
     HOLDS: "a test of this repository shows that it is true",
     FAILS: "a test of this repository shows that it is false",
-    MEASURED: "a committed report compares the step with its baseline; the word is the report's verdict",
+    MEASURED: "a committed report compares the step with its baseline; the word is the report's verdict",  # of figures: WORDS
     UNTESTED: "nothing here has tested it yet; the study or benchmark that will is named",
 }
 
@@ -41,13 +40,16 @@ MEANINGS = {
 TEXT, TEXTS, TRUTH = "a line of text", "a line of text or a list of such", "true or false"
 TABLE, LINES, TABLES = "a table", "a list of lines of text", "a list of tables"
 NEEDED = {"id": TEXT, "document": TEXTS, "claim": TEXT, "kind": TEXT, "test": TEXT}
-OPTIONAL = {"proof": TEXTS, "holds": TRUTH, "study": TEXT, "artifact": TEXT, "step": TEXT, "against": TEXT, "note": TEXT}
+OPTIONAL = {"proof": TEXTS, "holds": TRUTH, "study": TEXT, "artifact": TEXT, "step": TEXT, "against": TEXT,
+            "figures": TEXTS, "says": TEXT, "note": TEXT}
 OF_A_REPORT = ("artifact", "step", "against")
+OF_FIGURES = ("figures", "says")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim. Exactly one of `proofs` (with `holds`) and `study` is set; `word` and `sentence` are the artifact's."""
+    """One claim. Exactly one of `proofs` (with `holds`) and `study` is set; `artifact` is where
+    `word` and `sentence` were read or computed from."""
 
     id: str
     documents: tuple[str, ...]
@@ -165,8 +167,8 @@ def _claim(entry: dict, where: str, documents: dict, studies: set, root: Path) -
 
 
 def _proved(entry: dict, where: str, root: Path) -> dict:
-    if any(key in entry for key in OF_A_REPORT):
-        raise UserError(f"{where} names a proof and parts of an artifact.", f"take out {', '.join(OF_A_REPORT)}.")
+    if parts := [key for key in (*OF_A_REPORT, *OF_FIGURES) if key in entry]:
+        raise UserError(f"{where} names a proof and parts of an artifact.", f"take out {', '.join(parts)}.")
     if "holds" not in entry:
         raise UserError(f"{where} does not say what its proof shows.", "add holds = true or holds = false.")
     proofs = _texts(entry["proof"])
@@ -187,15 +189,21 @@ def _proved(entry: dict, where: str, root: Path) -> dict:
 
 
 def _measured(entry: dict, where: str, root: Path) -> dict:
-    """Word and sentence of the artifact's comparison of `step`; nothing when no artifact is named."""
-    given = [key for key in OF_A_REPORT if key in entry]
-    if not given:
-        return {}
-    if len(given) < len(OF_A_REPORT):
-        raise UserError(f"{where} has {' and '.join(given)} only.", f"give {', '.join(OF_A_REPORT)} together, or none of them.")
+    """Artifact, word and sentence of the entry's figures or of its comparison; nothing when neither is named."""
+    for kind, others in ((OF_A_REPORT, OF_FIGURES), (OF_FIGURES, OF_A_REPORT)):
+        given = [key for key in kind if key in entry]
+        if given and any(key in entry for key in others):
+            raise UserError(f"{where} names parts of a report's comparison and figures.", f"take out {', '.join(OF_A_REPORT)}, "
+                            f"or {' and '.join(OF_FIGURES)}.")
+        if 0 < len(given) < len(kind):
+            raise UserError(f"{where} has {' and '.join(given)} only.", f"give {', '.join(kind)} together, or none of them.")
+    return _compared(entry, where, root) if "artifact" in entry else _said(entry, where, root) if "figures" in entry else {}
+
+
+def _compared(entry: dict, where: str, root: Path) -> dict:
+    """Word and sentence of the report's comparison of `step`."""
     artifact, step, against = (entry[key] for key in OF_A_REPORT)
-    study = artifact.removeprefix(RESULTS)
-    if not artifact.startswith(RESULTS) or study.partition("+")[0] != entry["study"]:
+    if not _of_study(artifact, entry):
         raise UserError(f"{where}: the artifact '{artifact}' is not of the study {entry['study']}.",
                         f"write {RESULTS}{entry['study']}, or the study's name and its fragments.")
     report = f"{artifact}/report.json"
@@ -209,6 +217,25 @@ def _measured(entry: dict, where: str, root: Path) -> dict:
     return {"artifact": artifact, "word": found["word"], "sentence": found["sentence"]}
 
 
+def _said(entry: dict, where: str, root: Path) -> dict:
+    """Word and sentence of the figures: what was claimed of each, and what was measured, on which device."""
+    says = saying(entry["says"], where)
+    found = [figure_at(reference, where, root) for reference in _texts(entry["figures"])]
+    for one in found:
+        if not _of_study(one.file.rpartition("/")[0], entry):
+            raise UserError(f"{where}: the figures of {one.file} are not of the study {entry['study']}.",
+                            f"write figures of {RESULTS}{entry['study']}, or the study that they are of.")
+    word = says.word(found)
+    devices = " and ".join(dict.fromkeys(one.device for one in found if one.device))
+    sentence = f"claimed {says.text}, measured {', '.join(map(str, found))}{f' ({devices})' if devices else ''}: {word}."
+    return {"artifact": ", ".join(dict.fromkeys(one.file for one in found)), "word": word, "sentence": sentence}
+
+
+def _of_study(folder: str, entry: dict) -> bool:
+    """Whether a folder holds results of the entry's study, with or without fragments."""
+    return folder.startswith(RESULTS) and folder.removeprefix(RESULTS).partition("+")[0] == entry["study"]
+
+
 def _texts(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
@@ -220,54 +247,14 @@ def _tests(path: Path) -> frozenset[str]:
     return frozenset(n.name for n in found if isinstance(n, ast.FunctionDef) and n.name.startswith("test_"))
 
 
-def report_at(name: str, where: str, root: Path = ROOT) -> dict:
-    """The content of a committed JSON file below docs/results/; UserError, in the name of `where`, if it cannot be read."""
-    try:
-        content = json.loads((root / name).read_text(encoding="utf-8"), parse_constant=_no_number)
-        if not isinstance(content, dict):
-            raise ValueError("it is no table")
-        return content
-    except FileNotFoundError:
-        raise UserError(f"{where}: the artifact {name} is missing.",
-                        "commit the study's report, or stop naming it.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: the artifact {name} cannot be read: {error}.",
-                        "make report, and commit what it writes.") from None
-
-
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no number of JSON")
-
-
-def value_at(content: Any, path: str) -> float | None:
-    """The number at a path of keys, 'steps.V1.comparison.difference'; None if there is none.
-
-    An item of a list is found by its `name`, else by its index. A key or name may itself hold dots: the longest fits first.
-    """
-    if not path:
-        number = isinstance(content, int | float) and not isinstance(content, bool) and math.isfinite(content)
-        return content if number else None
-    if isinstance(content, list):
-        named = {item["name"]: item for item in content if isinstance(item, dict) and "name" in item}
-        content = {str(i): item for i, item in enumerate(content)} | named
-    if not isinstance(content, dict):
-        return None
-    for key in sorted(content, key=len, reverse=True):
-        if path == key or path.startswith(f"{key}."):
-            value = value_at(content[key], path[len(key) + 1:])
-            if value is not None:
-                return value
-    return None
-
-
 def render(ledger: Ledger) -> str:
     """docs/claims.md: what the states mean, how many claims are in each, and a table for each source document."""
     counts = Counter(_state(claim) for claim in ledger.claims)
-    rows = [[name, str(counts[name]), meaning] for state, meaning in MEANINGS.items()
+    rows = [[name, str(counts[name]), WORDS.get(name.partition(": ")[2], meaning)] for state, meaning in MEANINGS.items()
             for name in sorted(counts) if name.partition(":")[0] == state]
     text = (f"<!-- Written by `make claims` from {NAME}; edit that. -->\n\n# Claims\n\n"
             f"The {len(ledger.claims)} quantitative and structural claims of the {len(ledger.documents)} source documents, and "
-            "what is behind each. States are\ncomputed from tests and committed reports. A claim that several documents "
+            "what is behind each. States are\ncomputed from tests and committed measurements. A claim that several documents "
             "make stands in the table of the first.\n\n" + table(["state", "claims", "meaning"], rows, "lrl"))
     told: set[str] = set()
     for document, title in ledger.documents.items():

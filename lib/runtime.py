@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 MAKES_NO_NUMBER = (
     # Reads results afterwards.
     "lib/anytime.py", "lib/arms.py", "lib/bundle.py", "lib/claims.py", "lib/classes.py", "lib/design.py", "lib/estimate.py",
-    "lib/formulas.py", "lib/gates.py", "lib/looks.py", "lib/report", "lib/simulation.py", "lib/stats.py", "lib/verdicts.py",
+    "lib/figures.py", "lib/formulas.py", "lib/gates.py", "lib/looks.py", "lib/report", "lib/simulation.py", "lib/stats.py",
+    "lib/verdicts.py",
     # Plans and launches: what came of it is in the cell's configuration.
     "lib/archiving.py", "lib/batch_size.py", "lib/cells.py", "lib/cluster.py", "lib/cluster_job.py", "lib/launch.py",
     "lib/makefile.py", "lib/own_process.py", "lib/plan.py", "lib/tables.py", "lib/terminal.py", "lib/tuning.py",

@@ -1,6 +1,6 @@
 """Benchmarks of the harness itself. Quote medians: machines are noisy.
 
-check: wall seconds of `make check` on a study, whole process, several runs.
+check: wall seconds of `make check` on a study, whole process, several runs; --out FILE keeps them as JSON.
 stats: simulated studies: coverage of intervals, false wins of a study, and what UNTIL=decided costs and saves.
 overhead: seconds that the finished cells of the configured study spent outside their training budget, from metrics.json.
 """
@@ -10,14 +10,17 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from statistics import median
 
+from lib import atomic
 from lib.errors import UserError, reported
 from lib.paths import ROOT
 from lib.tables import table
 
 
-def check(study: str, runs: int) -> None:
+def check(study: str, runs: int, out: Path | None = None) -> None:
+    """Time `make check`, print a table, and write it to `out`."""
     seconds = []
     for _ in range(runs):
         begun = time.perf_counter()
@@ -29,6 +32,19 @@ def check(study: str, runs: int) -> None:
                             f"make check STUDY={study}.")
     print(table(["make check, s", "runs", "min", "median", "max"],
                 [[study, runs, f"{min(seconds):.1f}", f"{median(seconds):.1f}", f"{max(seconds):.1f}"]], "lrrrr"), end="")
+    if out:
+        import torch
+
+        from lib import runtime
+        from lib.cells import baseline, steps_of
+        from lib.config import Study
+
+        resolved = Study(study)
+        environment = runtime.environment(resolved.resolve(baseline(resolved)).config, torch.device("cpu"))
+        kept = ("device", "device_type", "threads", "torch", "python", "source_hash")
+        atomic.write_json(out, {"format": 1, "study": study, "steps": len(steps_of(resolved)), "runs": runs,
+                                "seconds": median(seconds), "seconds_min": min(seconds), "seconds_max": max(seconds),
+                                "environment": {key: environment[key] for key in kept}})
 
 
 def overhead() -> None:
@@ -86,9 +102,10 @@ def main() -> None:
     parser.add_argument("what", choices=["check", "overhead", "stats"])
     parser.add_argument("--study", default=os.environ.get("STUDY") or "gpt2-ra-ablation", help="for check")
     parser.add_argument("--runs", type=int, default=5, help="for check; scales the simulations of stats")
+    parser.add_argument("--out", type=Path, help="for check: write what was measured to this JSON file")
     args = parser.parse_args()
     if args.what == "check":
-        check(args.study, args.runs)
+        check(args.study, args.runs, args.out)
     elif args.what == "stats":
         statistics(args.runs)
     else:

@@ -3,8 +3,9 @@
 With --check nothing is written: it exits 1 if docs/claims.md is not what they give, or if a measured figure in README.md or
 docs/ (less docs/results/) has no artifact behind it. A figure is backed by a comment behind it in the same line,
 `<!-- docs/results/STUDY/report.json: steps.V1.comparison.difference -->`: a path of keys whose number rounds to what is
-printed. ' * 100' or ' / other.path' may follow, and ';' divides several references. `<!-- claims: ID -->` backs a figure of
-a source document's claim. A figure that is a setting, and no measurement, is a [[constant]] in docs/claims.toml.
+printed. ' * 100' or ' / other.path' may follow, `rows[step=V1,batch=64].time` picks an item of a list, and ';' divides several
+references (lib/figures.py says it in full). `<!-- claims: ID -->` backs a figure of a source document's claim. A figure that is
+a setting, and no measurement, is a [[constant]] in docs/claims.toml.
 """
 
 import argparse
@@ -16,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib import atomic
-from lib.claims import MEANINGS, NAME, PAGE, RESULTS, Ledger, read, render, report_at, value_at
+from lib.claims import MEANINGS, NAME, PAGE, Ledger, read, render
 from lib.errors import UserError, reported
+from lib.figures import NUMBER, RESULTS, figure_at, numeric
 from lib.paths import ROOT
 
-NUMBER = r"[+\-−±]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
 JOINED = r"\s*(?:±|\+/-|to|and|or|-|–|/|,\s)\s*"
 NUMBERS = rf"{NUMBER}(?:{JOINED}{NUMBER})*"
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -37,7 +38,6 @@ COLUMN = re.compile(rf"(?i)\b(?:nats?|bits|loss|perplexity|ppl|difference|{TIME}
 CODE = re.compile(r"^(?P<fence>```|~~~).*?^(?P=fence)[^\n]*$|(?<!`)(?P<tick>`+)(?!`)(?:(?!\n\s*\n).)+?(?<!`)(?P=tick)(?!`)",
                   re.M | re.S)
 COMMENT = re.compile(r"<!--(.*?)-->", re.S)
-REFERENCE = re.compile(rf"({RESULTS}[^\s:]+\.json):\s*(\S.*)")
 
 
 @dataclass(frozen=True)
@@ -162,28 +162,14 @@ def page_faults(page: str, text: str, references: list[tuple[int, str]], ledger:
 
 
 def values_of(reference: str, where: str, ledger: Ledger, root: Path) -> list[float]:
-    """The numbers a reference gives: one of an artifact, or all of a claim's sentence."""
+    """The numbers a reference gives: one of an artifact, or two with ' .. ', or all of a claim's sentence."""
     if reference.startswith("claims:"):
         wanted = reference.removeprefix("claims:").strip()
         said = [claim.claim for claim in ledger.claims if claim.id == wanted]
         if not said:
             raise UserError(f"{where}: there is no claim '{wanted}'.", f"name a claim of {NAME}.")
         return [numeric(match[0]) for match in re.finditer(START + NUMBER, said[0])]
-    match = REFERENCE.fullmatch(reference)
-    if not match:
-        raise UserError(f"{where}: '{reference}' is no reference.", f"write {RESULTS}STUDY/report.json: PATH.OF.KEYS.")
-    content, value = report_at(match[1], where, root), 1.0
-    parts = re.split(r"\s([*/])\s", f"1 * {match[2].strip()}")
-    for operator, part in zip(parts[1::2], parts[2::2], strict=True):
-        operand = numeric(part) if re.fullmatch(NUMBER, part) else value_at(content, part)
-        if operand is None or operator == "/" and operand == 0:
-            raise UserError(f"{where}: {match[1]} has no number to use at '{part}'.", "name the path of one of its numbers.")
-        value = value * operand if operator == "*" else value / operand
-    return [value]
-
-
-def numeric(printed: str) -> float:
-    return float(re.sub(r"[,±]", "", printed).replace("−", "-"))
+    return list(figure_at(reference, where, root).values)
 
 
 def rounds_to(value: float, printed: str) -> bool:

@@ -78,6 +78,9 @@ REPORT = {"baseline": "V0", "steps": [
     {"name": "V1", "speed": 12_800.0, "memory": 2 ** 30, "comparison": {
         "word": "WORSE", "sentence": "V1 vs V0: +0.0213 nats: WORSE.", "difference": 0.0213, "half": -0.5}},
     {"name": "V1@GPT2_DROPOUT=0.5", "comparison": {"word": "BETTER", "sentence": "s", "difference": -0.25}}]}
+FIGURE = "docs/results/gpt2-x-ablation/report.json: "
+FIGURES = {"figures": [f"{FIGURE}steps.V1.speed / 12000", f"{FIGURE}steps.V1.speed / 10000 .. steps.V1.speed / 8000"],
+           "says": ">= 1.1"}
 ARTIFACT = {"artifact": "docs/results/gpt2-x-ablation", "step": "V1", "against": "V0"}
 
 
@@ -97,6 +100,9 @@ def ledger(tmp_path):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "defconfigs/gpt2-x-ablation").write_text("")
     (tmp_path / "docs/results/gpt2-x-ablation/report.json").write_text(json.dumps(REPORT))
+    (tmp_path / "docs/results/bench-x").mkdir()
+    (tmp_path / "docs/results/bench-x/h100.json").write_text(
+        '{"environment": {"device": "One GPU"}, "rows": [{"arm": "V1", "time": 1.25}, {"arm": "V2", "time": 2}]}')
     (tmp_path / "README.md").write_text("# Nothing\n")
 
     def write(*entries, constants=(), **others):
@@ -148,6 +154,27 @@ def test_a_claim_is_measured_as_long_as_its_artifact_is_there(ledger):
         assert refusal(claims.read, ledger(PROVED, WAITING | ARTIFACT))[0].endswith(f"report.json{what}")
 
 
+def test_a_claim_is_measured_by_figures(ledger):
+    """The word follows the figures, whatever anybody types; a benchmark's device is told."""
+    def read(**changed):
+        (_, claim) = claims.read(root := ledger(PROVED, WAITING | FIGURES | changed)).claims
+        return claim.word, claim.sentence, claims.render(claims.read(root))
+
+    word, sentence, page = read()
+    assert (word, sentence) == ("UNDECIDED", "claimed >= 1.1, measured 1.067, 1.28 .. 1.6: UNDECIDED.")
+    for shown in ("| measured: UNDECIDED (docs/results/gpt2-x-ablation/report.json)", f"- `two`: {sentence}", 
+                  "- `two`: a reason", "| measured: UNDECIDED |      1 | figures of a committed measurement, or the ends of "):
+        assert shown in page, page
+    assert [read(says=says)[0] for says in ("> 1", "1.1 .. 1.2", "<= 1.5")] == ["HOLDS", "DOES NOT HOLD", "UNDECIDED"]
+    report = ledger() / "docs/results/gpt2-x-ablation/report.json"
+    report.write_text(report.read_text().replace("12800", "14000"))
+    assert read()[0] == "HOLDS"
+    bench = {"study": "bench-x", "planned": ["bench-x"], "figures": "docs/results/bench-x/h100.json: rows[arm=V1].time"}
+    claim = claims.read(ledger(PROVED, WAITING | FIGURES | but(bench, "planned"), planned=["bench-x"])).claims[1]
+    assert (claim.state, claim.artifact, claim.sentence) == (
+        claims.MEASURED, "docs/results/bench-x/h100.json", "claimed >= 1.1, measured 1.25 (One GPU): HOLDS.")
+
+
 def but(entry, *without, **changed):
     return {key: value for key, value in (entry | changed).items() if key not in without}
 
@@ -180,7 +207,25 @@ def but(entry, *without, **changed):
      "name a test that is there."),
     (but(PROVED, id="two", proof="tests/test_torn.py::test_that"), " is proved in 'tests/test_torn.py', which is no Python.",
      "mend that file."),
-    (but(PROVED, id="two", step="V1"), " names a proof and parts of an artifact.", "take out artifact, step, against."),
+    (but(PROVED, id="two", step="V1"), " names a proof and parts of an artifact.", "take out step."),
+    (but(PROVED | FIGURES, id="two"), " names a proof and parts of an artifact.", "take out figures, says."),
+    (but(WAITING | FIGURES, "says"), " has figures only.", "give figures, says together, or none of them."),
+    (but(WAITING, says="<= 1"), " has says only.", "give figures, says together, or none of them."),
+    (but(WAITING | FIGURES, figures=[]), ": 'figures' is [].", "write a line of text or a list of such."),
+    (but(WAITING | ARTIFACT | FIGURES), " names parts of a report's comparison and figures.",
+     "take out artifact, step, against, or figures and says."),
+    (but(WAITING, step="V1", says="<= 1"), " names parts of a report's comparison and figures.",
+     "take out artifact, step, against, or figures and says."),
+    (but(WAITING | FIGURES, says="some"), ": 'some' says nothing of a figure.",
+     "write '<= x', '>= x', '< x', '> x' or 'x .. y'."),
+    (but(WAITING | FIGURES, figures="steps.V1.speed"), ": 'steps.V1.speed' is no reference.",
+     "write docs/results/STUDY/report.json: PATH.OF.KEYS."),
+    (but(WAITING | FIGURES, figures=f"{FIGURE}steps.V1.size"),
+     ": docs/results/gpt2-x-ablation/report.json has no number to use at 'steps.V1.size'.",
+     "name the path of one of its numbers."),
+    (but(WAITING | FIGURES, figures="docs/results/bench-x/h100.json: rows[arm=V1].time"),
+     ": the figures of docs/results/bench-x/h100.json are not of the study gpt2-x-ablation.",
+     "write figures of docs/results/gpt2-x-ablation, or the study that they are of."),
     (but(WAITING, study="gpt2-y-ablation"), " waits for 'gpt2-y-ablation', which is neither a defconfig nor in 'planned'.",
      "did you mean gpt2-x-ablation?"),
     (but(WAITING, study="bench"), " waits for 'bench', which is neither a defconfig nor in 'planned'.", "add it to 'planned'."),
@@ -266,6 +311,9 @@ REF = "docs/results/gpt2-x-ablation/report.json: "
     f"12.8 k tokens/s <!-- {REF}steps.V1.speed / 1000 -->, 1 GiB <!-- {REF}steps.V1.memory / 1073741824 -->",
     f"2 % <!-- {REF}steps.V1.comparison.difference * 100 -->, 0.00 % <!-- {REF}steps.V1.speed / steps.V1.memory * 100 -->",
     f"0.25 nats <!-- {REF}steps.V1@GPT2_DROPOUT=0.5.comparison.difference -->",
+    "1.25 times as long <!-- docs/results/bench-x/h100.json: rows[arm=V1].time -->",
+    "1.25 to 2 ms <!-- docs/results/bench-x/h100.json: rows[arm=V1].time .. rows[arm=V2].time -->",
+    "75 % <!-- docs/results/bench-x/h100.json: rows[arm=V2].time - rows[arm=V1].time * 100 -->",
     f"0.02 to 0.5 nats <!-- {REF}steps.V1.comparison.difference; {REF}steps.1.comparison.half -->",
     "They claim 3 % <!-- claims: one --> <!-- an ordinary comment -->",
     "```\n5 % and 3 nats\n```\nand `5 %` and <!-- 5 % --> nothing, and `a\nwrapped 5 % code`",

@@ -344,7 +344,7 @@ def test_an_error_steers_no_terminal(dotconfig):
 
 def test_a_json_file_with_a_deep_nest_or_a_huge_number_is_refused(tmp_path):
     from gpt2.train_ra_mla import read_provenance
-    from lib.claims import report_at
+    from lib.figures import report_at
     from lib.report.content import _evaluations
     from scripts.frontier import read_decode
 
