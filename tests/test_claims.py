@@ -162,7 +162,7 @@ def test_a_claim_is_measured_by_figures(ledger):
 
     word, sentence, page = read()
     assert (word, sentence) == ("UNDECIDED", "claimed >= 1.1, measured 1.067, 1.28 .. 1.6: UNDECIDED.")
-    for shown in ("| measured: UNDECIDED (docs/results/gpt2-x-ablation/report.json)", f"- `two`: {sentence}", 
+    for shown in ("| measured: UNDECIDED (docs/results/gpt2-x-ablation/report.json)", f"- `two`: {sentence}",
                   "- `two`: a reason", "| measured: UNDECIDED |      1 | figures of a committed measurement, or the ends of "):
         assert shown in page, page
     assert [read(says=says)[0] for says in ("> 1", "1.1 .. 1.2", "<= 1.5")] == ["HOLDS", "DOES NOT HOLD", "UNDECIDED"]
