@@ -201,17 +201,19 @@ def _measured(entry: dict, where: str, root: Path) -> dict:
 
 
 def _compared(entry: dict, where: str, root: Path) -> dict:
-    """Word and sentence of the report's comparison of `step`."""
+    """Word and sentence of the report's comparison of `step` with its baseline, or of its contrast with another step."""
     artifact, step, against = (entry[key] for key in OF_A_REPORT)
     if not _of_study(artifact, entry):
         raise UserError(f"{where}: the artifact '{artifact}' is not of the study {entry['study']}.",
                         f"write {RESULTS}{entry['study']}, or the study's name and its fragments.")
     report = f"{artifact}/report.json"
     content = report_at(report, where, root)
-    if content.get("baseline") != against:
+    contrasts = {(one.get("step"), one.get("reference")): one.get("comparison") for one in content.get("contrasts", [])}
+    if content.get("baseline") != against and (step, against) not in contrasts:
         raise UserError(f"{where}: {report} compares with {content.get('baseline')}, not with {against}.",
                         f"write against = \"{content.get('baseline')}\", if that is what was claimed.")
-    found = next((s.get("comparison") for s in content.get("steps", []) if s.get("name") == step), None) or {}
+    found = contrasts.get((step, against)) or next(
+        (s.get("comparison") for s in content.get("steps", []) if s.get("name") == step), None) or {}
     if not found.get("word") or not found.get("sentence"):
         raise UserError(f"{where}: {report} has no comparison of the step {step}.", "name a step that it compares.")
     return {"artifact": artifact, "word": found["word"], "sentence": found["sentence"]}

@@ -133,6 +133,16 @@ def test_states_are_computed(ledger):
     assert page.count("| `one`") == 1
 
 
+def test_a_contrast_measures_a_claim_too(ledger):
+    root = ledger(PROVED, WAITING | ARTIFACT | {"step": "V3", "against": "V1"})
+    report = root / "docs/results/gpt2-x-ablation/report.json"
+    assert refusal(claims.read, root)[0].endswith("compares with V0, not with V1.")
+    contrast = {"step": "V3", "reference": "V1", "comparison": {"word": "BETTER", "sentence": "V3 vs V1: -0.1 nats: BETTER."}}
+    report.write_text(json.dumps(REPORT | {"contrasts": [contrast]}))
+    claim = claims.read(root).claims[1]
+    assert (claim.state, claim.word, claim.sentence) == (claims.MEASURED, "BETTER", "V3 vs V1: -0.1 nats: BETTER.")
+
+
 def test_a_claim_is_measured_as_long_as_its_artifact_is_there(ledger):
     root = ledger(PROVED, WAITING | ARTIFACT)
     assert claims.read(root).claims[1].word == "WORSE"

@@ -9,7 +9,7 @@ import json
 import math
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -111,7 +111,7 @@ def _step(plan: "Plan", groups: list[Group], one: Group, comparison: Comparison 
 
 def _means(records: list[dict]) -> dict:
     """Means over finished seeds; null where a seed has none, e.g. a perplexity too large for a float."""
-    found = {}
+    found: dict[str, Any] = {}
     for key in MEANS:
         known = [r[key] for r in records if r[key] is not None]
         found[key] = fmean(known) if known and len(known) == len(records) else None
@@ -157,7 +157,7 @@ def views(arm: dict, base: dict, test: str) -> dict:
             losses = [_loss_at(rows, key, where, record) for rows, record in (arm[seed], base[seed])]
             if None not in losses:
                 pairs.append((losses[0] - losses[1], where))
-    found = {}
+    found: dict[str, Any] = {}
     for key, view in (("tokens", "equal_tokens"), ("train_seconds", "equal_seconds")):
         estimate = estimator([d for d, _ in at[key]]) if at[key] else None
         found[view] = estimate and {"difference": estimate.difference, "low": estimate.low, "high": estimate.high,
@@ -166,8 +166,8 @@ def views(arm: dict, base: dict, test: str) -> dict:
     if speeds and all(a and b for a, b in speeds):
         ratio, low, high = stats.ratio(*zip(*speeds, strict=True), estimator)  # type: ignore[call-arg]  # two arms
         found["speed"] = {"ratio": ratio, "low": low, "high": high, "n": len(speeds)}
-    found["by_position"] = positions.compared(*([one[seed][1] for seed in sorted(arm.keys() & base.keys())]
-                                                for one in (arm, base)), estimator)
+    ours, theirs = ([one[seed][1] for seed in sorted(arm.keys() & base.keys())] for one in (arm, base))
+    found["by_position"] = positions.compared(ours, theirs, estimator)
     return found
 
 

@@ -13,8 +13,8 @@ from lib.verdicts import signed
 
 KEY = "val_loss_by_position"
 CAPTION = ("Validation loss in equal parts of the context, from its begin to its end: the baseline's mean over seeds, and of "
-           "the other steps the difference to it with half its 95 % interval. Each is of a part of the evaluation set; no verdict "
-           "rests on it.")
+           "the other steps the difference to it with half its 95 % interval. Each is of a part of the evaluation set; no "
+           "verdict rests on it.")
 
 
 def mean(records: list[dict]) -> list[float] | None:
