@@ -19,7 +19,8 @@ FEWEST_SEEDS = 3  # as for a verdict
 
 def rows(records_by_step: dict[str, list[dict]], test: str) -> list[dict]:
     """One row a step that has such records: mean loss before, three paired differences with their 95 % intervals (after PCA
-    and after the codec, each to before; codec to PCA), which of the two wins, and the mean relative error of the values."""
+    and after the codec, each to before; codec to PCA), which of the two wins, the mean relative error of the values, and the
+    smallest and the largest ratio of the codec's to PCA's, over layers and seeds."""
     estimator = anytime.estimate if test == "anytime" else stats.paired
     found: list[dict] = []
     for name, records in records_by_step.items():
@@ -29,7 +30,8 @@ def rows(records_by_step: dict[str, list[dict]], test: str) -> list[dict]:
             found.append({
                 "name": name, "n": len(known), "before": fmean(before), "pca": _difference(estimator, pca, before),
                 "codec": _difference(estimator, after, before), "gain": _difference(estimator, after, pca),
-                **{key: _mean(layer[key] for one in known for layer in one["layers"]) for key in ("error", "error_pca")}})
+                **{key: _mean(layer[key] for one in known for layer in one["layers"]) for key in ("error", "error_pca")},
+                "error_ratio": _ratios([layer for one in known for layer in one["layers"]])})
     corrected = stats.holm([row["gain"]["p"] if row["n"] >= FEWEST_SEEDS else None for row in found])
     for row, p in zip(found, corrected, strict=True):
         ahead = "codec" if row["gain"]["difference"] < 0 else "PCA"
@@ -40,6 +42,11 @@ def rows(records_by_step: dict[str, list[dict]], test: str) -> list[dict]:
 def _mean(values: Any) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
+
+
+def _ratios(layers: list[dict]) -> dict | None:
+    found = [one["error"] / one["error_pca"] for one in layers if one["error"] is not None and one["error_pca"]]
+    return {"low": min(found), "high": max(found)} if found else None
 
 
 def _difference(estimator: Any, arm: list[float], reference: list[float]) -> dict:

@@ -24,6 +24,13 @@ def test_which_of_the_two_loses_less(records, wins):
     (row,) = compression.rows({"V0": [{"compression": None}], "C1": records}, "fixed")
     assert (row["name"], row["n"], row["wins"]) == ("C1", len(records), wins)
     assert row["error"] == pytest.approx(0.2) and row["error_pca"] == pytest.approx(0.3)
+    assert row["error_ratio"] == pytest.approx({"low": 0.5, "high": 0.75})
+
+
+def test_a_ratio_of_errors_that_are_not_known_is_none():
+    one = record(3.0, 3.1, 3.2)
+    one["compression"]["layers"] = [{"error": None, "error_pca": 0.1}, {"error": 0.1, "error_pca": 0}]
+    assert compression.rows({"C1": [one]}, "fixed")[0]["error_ratio"] is None
 
 
 def test_differences_are_paired_and_the_p_of_several_steps_corrected():
