@@ -90,7 +90,7 @@ UNTIL_RELEASED = "[time.sleep(0.02) for _ in range(1500) if not os.path.exists(f
     ("print('error: no data.'); print('  try: make data'); sys.exit(2)", "refused: no data. try: make data"),
     ("sys.exit(3)", "exit status 3: it printed nothing"),
     ("print('hm', flush=True); os.abort()", "signal 6 (SIGABRT): hm"),
-    ("os._exit(74)", "disk: it printed nothing"),
+    ("os._exit(74)", f"disk: {failures.CUT_SHORT}"),
 ])
 def test_a_cell_that_breaks_is_recorded_with_its_reason(tmp_path, program, reason):
     done = launch(tmp_path, program)

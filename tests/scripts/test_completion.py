@@ -12,7 +12,7 @@ from tests.terminal import Terminal
 
 SHELLS = {"bash": ["bash", "--norc", "--noprofile", "-i"], "zsh": ["zsh", "-f", "-i"]}
 TYPED = {"make mrp": "make mrproper", "make STEP=MLAK": "make STEP=MLAKV", "make defc": "make defconfig-",
-         "make defconfig-gpt2-controls+ti": "make defconfig-gpt2-controls+tiny", "make KCONFIG_": "make KCONFIG_SEED=",
+         "make defconfig-gpt2-controls+tin": "make defconfig-gpt2-controls+tiny", "make KCONFIG_": "make KCONFIG_SEED=",
          "make FILE=pyproj": "make FILE=pyproject.toml"}
 
 
