@@ -91,7 +91,7 @@ endif
 # of the first group are its arguments.
 override STEP_TOOLS := plan estimate report check show bench-steps bench-train bench-attention bench-decode bench-ranks \
   compile-matrix
-override TOOLS := fim lm-eval export frontier browse data randconfig diffconfig torture claims docs diagrams
+override TOOLS := fim lm-eval export frontier ladder browse data randconfig diffconfig torture claims docs diagrams
 .PHONY: $(STEP_TOOLS) $(TOOLS)
 $(STEP_TOOLS) $(TOOLS): $(SETUP)
 	$(Q)$(PYTHON) -m scripts.$(subst -,_,$@) $(if $(filter $@,$(STEP_TOOLS)),$(STEPS))
@@ -124,6 +124,7 @@ pack unpack: $(SETUP)
 ##@ Look at what came of it
 browse: ## index the reports of all studies and serve them on this machine (PORT=8000)
 frontier: ## draw validation loss against cache bytes and decoding speed (FILE=what make bench-decode kept)
+ladder: ## say how effects change with the size of the model (FROM="folder folder ...", each with a report.json)
 lm-eval: ## evaluate finished cells on tasks (TASKS=arc_easy,hellaswag LIMIT=100 CELL=one or several, default: all)
 export: ## write a finished cell for Hugging Face's transformers: CELL=name-or-folder TO=folder
 fim: ## Fisher metrics of the attention of the study's finished cells, with the spread over seeds

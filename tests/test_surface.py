@@ -39,7 +39,7 @@ GOALS = set(words("""
 run cells plan estimate report show slurm slurm-status slurm-cancel fim lm-eval export check data tune-lr browse pack unpack
 menuconfig nconfig oldconfig olddefconfig listnewconfig savedefconfig list-defconfigs list-steps diffconfig
 setup test torture lint claims docs diagrams bench-check bench-overhead bench-stats bench-steps bench-train
-bench-attention bench-decode bench-ranks compile-matrix frontier sample doctor randconfig clean mrproper help
+bench-attention bench-decode bench-ranks compile-matrix frontier ladder sample doctor randconfig clean mrproper help
 """))
 
 TOP = set(words("""
@@ -293,7 +293,8 @@ STUDIES_OF_THE_DOCUMENTS = {
     "gpt2-ramla-lr-ablation": "B0 B1 MLA0 MLA1 MLAKV0 MLAKV1 MLA0@MLA_D_LATENT=1/6 MLA1@MLA_D_LATENT=1/6 RAMLA0 RAMLA1 "
                               "RAMLAKV0 RAMLAKV1",
     "gpt2-ra-direction-ablation": "B0 RALEARN0 RAEARLY0 RALATE0 RAALL0",
-    "gpt2-ra-baseline-vs-routing": "RT0 RT1", "gpt2-controls": "V0 A0 P0 OG0", "gpt2-lens-ablation": "L0 L1 L2 L3 L4 L5 L6 L7",
+    "gpt2-ra-baseline-vs-routing": "RT0 RT1", "gpt2-controls": "V0 A0 P0 OG0", "gpt2-ladder-ablation": "V0 V1T V3 OG0",
+    "gpt2-lens-ablation": "L0 L1 L2 L3 L4 L5 L6 L7",
     "gpt2-rwr-ablation": "W0 W1 W2 W3", "gpt2-ratio-ablation": "V0 G1 G2N G2 G2M1 G2M2 G2M3 G2A",
     "gpt2-sinkgd-ablation": "S0 S1 S2 S3", "gpt2-kv-tying-ablation": "V0 KT1",
 }

@@ -45,6 +45,13 @@ def png(spec: dict, dark: bool = False) -> bytes:
     return vl_convert.vegalite_to_png(fixed, vl_version=VEGA_LITE, scale=2, config=config(dark), allowed_base_urls=[])
 
 
+def svg(spec: dict) -> str:
+    """A chart of a fixed width as SVG, in the light look."""
+    import vl_convert
+
+    return vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE, config=config(), allowed_base_urls=[])
+
+
 def config(dark: bool = False) -> dict:
     """Vega's configuration: all that differs between light and dark, and the type."""
     ink, soft, grid, paper = DARK if dark else LIGHT

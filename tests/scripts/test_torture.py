@@ -490,7 +490,7 @@ WRITERS = {
     "scripts/docs.py",  # a site that is built again
     "scripts/bench.py", "scripts/bench_attention.py", "scripts/bench_decode.py", "scripts/bench_ranks.py",
     "scripts/bench_steps.py", "scripts/bench_train.py", "scripts/compile_matrix.py",
-    "scripts/frontier.py",  # a table that was printed as well
+    "scripts/frontier.py", "scripts/ladder.py",  # a table that was printed as well
     "scripts/torturing/evidence.py",
     "scripts/slurm_box.py",  # the configuration of a Slurm that is there for one trial
 }
