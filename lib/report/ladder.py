@@ -19,11 +19,11 @@ from lib.report.curves import number
 from lib.tables import count, plural, table
 
 NO_NUMBER = ("INVALID", "INCOMPLETE")
-PANEL, HEIGHT = 250, 260  # of an arm, pixels
+PANEL, HEIGHT = 300, 260  # of an arm, pixels
 SIZE_SYMBOLS = ("MODEL_", "GPT2_N_")  # what a size is set by
-UNPLANNED = ("The change of an arm's difference from the smallest to the largest size is one unplanned comparison an arm: no plan "
-             "had it on record. Its 95 % interval is Welch's, from the differences of single seeds, and is of that comparison "
-             "alone; Holm's p counts all {arms}.")
+UNPLANNED = ("The change of an arm's difference from the smallest to the largest size at which it has a number is one unplanned "
+             "comparison an arm: no plan had it on record. Its 95 % interval is Welch's, from the differences of single seeds, "
+             "and is of that comparison alone; Holm's p counts all {arms}.")
 
 
 def ladder(reports: list[tuple[str, dict]]) -> dict:
@@ -68,7 +68,8 @@ def _baseline(report: tuple[str, dict]) -> dict:
 
 def _size(name: str, content: dict) -> dict:
     step = _baseline((name, content))
-    return {"folder": name, "study": content["study"], "parameters": step["mean"]["parameters"], "tokens": step["mean"]["tokens"],
+    return {"folder": name, "study": content["study"], "parameters": step["mean"]["parameters"],
+            "tokens": step["mean"]["tokens"],
             "seeds": step["seeds_done"], "val_loss": step["mean"]["val_loss"], "val_loss_sd": step["mean"].get("val_loss_sd"),
             "device": content["environment"]["device"], "plan": content["plan"]["sentence"]}
 
@@ -84,7 +85,8 @@ def _arm(name: str, reports: list[tuple[str, dict]]) -> dict:
 def _rung(step: dict) -> dict:
     compared, mean = step.get("comparison") or {}, step.get("mean") or {}
     word = compared.get("word") or "INCOMPLETE"
-    numbers = {key: compared.get(key) if word not in NO_NUMBER else None for key in ("difference", "low", "high", "n", "method")}
+    shown = {} if word in NO_NUMBER else compared
+    numbers = {key: shown.get(key) for key in ("difference", "low", "high", "n", "method")}
     return {"word": word, "parameters": mean.get("parameters"), "tokens": mean.get("tokens"), "seeds": step["seeds_done"],
             **numbers, "by_seed": (compared.get("by_seed") or {}) if numbers["difference"] is not None else {}}
 
@@ -148,6 +150,10 @@ def _nats(rung: dict) -> tuple[str, str]:
     return f"{rung['difference']:+.4f}", interval
 
 
+def _p(value: float | None) -> str:
+    return "-" if value is None else "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+
+
 def markdown(found: dict) -> str:
     """ladder.md."""
     sizes = found["sizes"]
@@ -166,7 +172,7 @@ def markdown(found: dict) -> str:
         change = arm["change"]
         rows.append([arm["name"], *([count(sizes[change[end]]["parameters"]) for end in ("from", "to")] if change else "--"),
                      *(_nats(change) if change else "--"),
-                     *(f"{change[p]:.2g}" if change and change[p] is not None else "-" for p in ("p", "p_holm"))])
+                     *(_p(change[p]) if change else "-" for p in ("p", "p_holm"))])
     text = (f"# Effect against size\n\nDifference in {found['metric']} to {found['baseline']} of the same size; lower is better. "
             f"Differences, intervals and verdicts are those of each size's own report.\n\n{base}\n{effects}")
     if rows:
@@ -178,16 +184,18 @@ def markdown(found: dict) -> str:
 def chart(found: dict) -> dict:
     """A panel an arm: its difference with the interval, by the baseline's parameters on a logarithmic axis."""
     at = [s["parameters"] for s in found["sizes"]]
-    reach = (at[-1] / at[0]) ** 0.15
-    x: dict[str, Any] = {"type": "quantitative", "scale": {"type": "log", "domain": [at[0] / reach, at[-1] * reach], "nice": False},
+    reach = (at[-1] / at[0]) ** 0.22
+    x: dict[str, Any] = {"type": "quantitative", "scale": {
+        "type": "log", "domain": [at[0] / reach, at[-1] * reach], "nice": False},
                          "axis": {"title": "parameters of the baseline", "values": at, "grid": False, "labelOverlap": True,
-                                  "labelExpr": "format(datum.value / 1e6, '.3~r') + ' M'"}}
-    panels = [_panel(arm, found, at, x, reach ** 0.2) for arm in found["arms"]]
+                                  "labelExpr": "format(datum.value / 1e6, '.1f') + ' M'"}}
+    panels = [_panel(arm, found, at, x, reach ** 0.12) for arm in found["arms"]]
     notes = ["Lower is better; each panel has an axis of its own. Point: mean over seeds; bar: 95 % interval; dots: single seeds.",
              f"Grey band: practical margin \u00b1{found['margin']:g} nats. Change: from smallest to largest size, with Welch's 95 % "
              "interval;", "one unplanned comparison an arm, Holm's p over the arms."]
     return {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", "concat": panels, "columns": 3, "spacing": 30,
-            "title": {"text": f"Difference in {found['metric']} to {found['baseline']}, by size of the model", "subtitle": notes},
+            "title": {"text": f"Difference in {found['metric']} to {found['baseline']}, by size of the model",
+                      "subtitle": notes, "frame": "bounds"},
             "description": "; ".join(f"{arm['name']}: " + ", ".join(
                 f"{r['difference']:+.4f} at {count(p)}" for r, p in zip(arm["at"], at, strict=True) if r and r["difference"] is not None)
                 for arm in found["arms"])}
@@ -196,40 +204,45 @@ def chart(found: dict) -> dict:
 def _panel(arm: dict, found: dict, at: list, x: dict, aside: float) -> dict:
     margin = found["margin"]
     points, dots, empty = [], [], []
-    for parameters, rung in zip(at, arm["at"], strict=True):
+    for i, (parameters, rung) in enumerate(zip(at, arm["at"], strict=True)):
+        row = {"x": parameters, "top": i % 2}  # words of neighbours stand in two rows, so that none hides another
         if rung and rung["difference"] is not None:
-            points.append({"x": parameters, "word": rung["word"], **{k: rung[k] for k in ("difference", "low", "high", "n")}})
+            points.append(row | {"word": rung["word"], **{k: rung[k] for k in ("difference", "low", "high", "n")}})
             dots += [{"x": parameters * aside, "difference": d} for d in rung["by_seed"].values()]
         else:
-            empty.append({"x": parameters, "y": 0, "word": rung["word"] if rung else "not run"})
+            empty.append(row | {"word": rung["word"] if rung else "not run"})
     ends = [v for p in points for v in (p["difference"], p["low"], p["high"]) if number(v)] + [d["difference"] for d in dots]
     low, high = min([*ends, -margin]), max([*ends, margin])
-    space = 0.14 * (high - low) or 0.01
+    space = 0.16 * (high - low) or 0.01
     y = {"type": "quantitative", "scale": {"domain": [low - space, high + space], "nice": False, "zero": False},
          "axis": {"title": "nats", "tickCount": 6, "labelExpr": "datum.value == 0 ? '0' : format(datum.value, '+~g')"}}
     words = {"field": "word", "type": "nominal", "legend": None}
     marks = {channel: words | {"scale": {"domain": list(charts.WORDS), "range": [w[i] for w in charts.WORDS.values()]}}
              for i, channel in enumerate(("color", "shape"))}
+    line = {"field": "top", "type": "quantitative", "axis": None, "scale": {"domain": [0, 1], "range": [12, 25]}}
     here = {"x": x | {"field": "x"}, "y": y | {"field": "difference"}}
     change = arm["change"]
-    said = "no change known"
+    said = ["no change known", ""]
     if change:
-        said = f"change {change['difference']:+.4f}"
-        if change["low"] is not None:
-            said += f" [{change['low']:+.4f}, {change['high']:+.4f}], Holm p {change['p_holm']:.2g}"
-    return {"width": PANEL, "height": HEIGHT,
-            "title": {"text": arm["name"], "subtitle": said.replace("-", "\u2212") if change else said, "frame": "bounds"},
-            "layer": [
+        difference, interval = (text.replace("-", "\u2212") for text in _nats(change))
+        said = [f"{count(at[change['from']])} to {count(at[change['to']])}: change {difference}",
+                f"95 % interval {interval}, Holm p {_p(change['p_holm'])}"]
+    layers = [
         {"data": {"values": [{"from": -margin, "to": margin}]}, "mark": {"type": "rect", "color": charts.NEUTRAL, "opacity": 0.16},
          "encoding": {"y": y | {"field": "from"}, "y2": {"field": "to"}}},
         {"data": {"values": [{"zero": 0}]}, "mark": {"type": "rule", "strokeWidth": 1}, "encoding": {"y": y | {"field": "zero"}}},
-        {"data": {"values": points}, "mark": {"type": "line", "color": charts.NEUTRAL, "strokeDash": [4, 3], "strokeWidth": 1.2},
-         "encoding": here},
-        {"data": {"values": dots}, "mark": {"type": "point", "size": 18, "opacity": 0.55, "color": charts.NEUTRAL}, "encoding": here},
+        {"data": {"values": points}, "encoding": here,
+         "mark": {"type": "line", "color": charts.NEUTRAL, "strokeDash": [4, 3], "strokeWidth": 1.2}},
+        {"data": {"values": dots}, "encoding": here,
+         "mark": {"type": "point", "size": 18, "opacity": 0.55, "color": charts.NEUTRAL}},
         {"data": {"values": points}, "transform": [{"filter": "isValid(datum.low)"}], "mark": {"type": "rule", "strokeWidth": 2.5},
          "encoding": {"x": x | {"field": "x"}, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": marks["color"]}},
-        {"data": {"values": points}, "mark": {"type": "point", "filled": True, "size": 100, "opacity": 1}, "encoding": here | marks},
-        {"data": {"values": points}, "mark": {"type": "text", "baseline": "bottom", "fontSize": 10},
-         "encoding": {"x": x | {"field": "x"}, "y": {"value": 9}, "text": {"field": "word"}, "color": marks["color"]}},
-        {"data": {"values": empty}, "mark": {"type": "text", "baseline": "bottom", "fontSize": 10, "color": charts.NEUTRAL},
-         "encoding": {"x": x | {"field": "x"}, "y": {"value": 9}, "text": {"field": "word"}}}]}
+        {"data": {"values": points}, "encoding": here | marks,
+         "mark": {"type": "point", "filled": True, "size": 100, "opacity": 1}}]
+    named = {"x": x | {"field": "x"}, "y": line, "text": {"field": "word"}}
+    text = {"type": "text", "baseline": "bottom", "fontSize": 10}
+    return {"width": PANEL, "height": HEIGHT, "resolve": {"scale": {"y": "independent"}},
+            "title": {"text": arm["name"], "subtitle": said, "frame": "bounds"},
+            "layer": [{"layer": layers},
+                      {"data": {"values": points}, "mark": text, "encoding": named | {"color": marks["color"]}},
+                      {"data": {"values": empty}, "mark": text | {"color": charts.NEUTRAL}, "encoding": named}]}
