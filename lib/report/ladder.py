@@ -21,8 +21,8 @@ from lib.tables import count, plural, table
 NO_NUMBER = ("INVALID", "INCOMPLETE")
 PANEL, HEIGHT = 300, 260  # of an arm, pixels
 SIZE_SYMBOLS = ("MODEL_", "GPT2_N_")  # what a size is set by
-UNPLANNED = ("The change of an arm's difference from the smallest to the largest size at which it has a number is one unplanned "
-             "comparison an arm: no plan had it on record. Its 95 % interval is Welch's, from the differences of single seeds, "
+UNPLANNED = ("The change of an arm's difference from the smallest to the largest size at which it has a number is one "
+             "unplanned comparison an arm: no plan had it on record. Its 95 % interval is Welch's, from the differences of single seeds, "
              "and is of that comparison alone; Holm's p counts all {arms}.")
 
 
@@ -173,8 +173,8 @@ def markdown(found: dict) -> str:
         rows.append([arm["name"], *([count(sizes[change[end]]["parameters"]) for end in ("from", "to")] if change else "--"),
                      *(_nats(change) if change else "--"),
                      *(_p(change[p]) if change else "-" for p in ("p", "p_holm"))])
-    text = (f"# Effect against size\n\nDifference in {found['metric']} to {found['baseline']} of the same size; lower is better. "
-            f"Differences, intervals and verdicts are those of each size's own report.\n\n{base}\n{effects}")
+    text = (f"# Effect against size\n\nDifference in {found['metric']} to {found['baseline']} of the same size; lower is "
+            f"better. Differences, intervals and verdicts are those of each size's own report.\n\n{base}\n{effects}")
     if rows:
         text += "\n## Change with size\n\n" + UNPLANNED.format(arms=plural(len(rows), "arm")) + "\n\n" + table(
             ["arm", "from", "to", "change", "95 % interval", "p", "Holm p"], rows, "lrrrrrr")
@@ -190,14 +190,15 @@ def chart(found: dict) -> dict:
                          "axis": {"title": "parameters of the baseline", "values": at, "grid": False, "labelOverlap": True,
                                   "labelExpr": "format(datum.value / 1e6, '.1f') + ' M'"}}
     panels = [_panel(arm, found, at, x, reach ** 0.12) for arm in found["arms"]]
-    notes = ["Lower is better; each panel has an axis of its own. Point: mean over seeds; bar: 95 % interval; dots: single seeds.",
-             f"Grey band: practical margin \u00b1{found['margin']:g} nats. Change: from smallest to largest size, with Welch's 95 % "
-             "interval;", "one unplanned comparison an arm, Holm's p over the arms."]
+    notes = ["Lower is better; each panel has an axis of its own. Point: mean over seeds; bar: 95 % interval; dots: seeds.",
+             f"Grey band: practical margin \u00b1{found['margin']:g} nats. Change: from smallest to largest size, with "
+             "Welch's 95 % interval;", "one unplanned comparison an arm, Holm's p over the arms."]
     return {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", "concat": panels, "columns": 3, "spacing": 30,
             "title": {"text": f"Difference in {found['metric']} to {found['baseline']}, by size of the model",
                       "subtitle": notes, "frame": "bounds"},
             "description": "; ".join(f"{arm['name']}: " + ", ".join(
-                f"{r['difference']:+.4f} at {count(p)}" for r, p in zip(arm["at"], at, strict=True) if r and r["difference"] is not None)
+                f"{r['difference']:+.4f} at {count(p)}" for r, p in zip(arm["at"], at, strict=True)
+                if r and r["difference"] is not None)
                 for arm in found["arms"])}
 
 
@@ -228,14 +229,16 @@ def _panel(arm: dict, found: dict, at: list, x: dict, aside: float) -> dict:
         said = [f"{count(at[change['from']])} to {count(at[change['to']])}: change {difference}",
                 f"95 % interval {interval}, Holm p {_p(change['p_holm'])}"]
     layers = [
-        {"data": {"values": [{"from": -margin, "to": margin}]}, "mark": {"type": "rect", "color": charts.NEUTRAL, "opacity": 0.16},
-         "encoding": {"y": y | {"field": "from"}, "y2": {"field": "to"}}},
-        {"data": {"values": [{"zero": 0}]}, "mark": {"type": "rule", "strokeWidth": 1}, "encoding": {"y": y | {"field": "zero"}}},
+        {"data": {"values": [{"from": -margin, "to": margin}]},
+         "mark": {"type": "rect", "color": charts.NEUTRAL, "opacity": 0.16}, "encoding": {"y": y | {"field": "from"}, "y2": {"field": "to"}}},
+        {"data": {"values": [{"zero": 0}]}, "mark": {"type": "rule", "strokeWidth": 1},
+         "encoding": {"y": y | {"field": "zero"}}},
         {"data": {"values": points}, "encoding": here,
          "mark": {"type": "line", "color": charts.NEUTRAL, "strokeDash": [4, 3], "strokeWidth": 1.2}},
         {"data": {"values": dots}, "encoding": here,
          "mark": {"type": "point", "size": 18, "opacity": 0.55, "color": charts.NEUTRAL}},
-        {"data": {"values": points}, "transform": [{"filter": "isValid(datum.low)"}], "mark": {"type": "rule", "strokeWidth": 2.5},
+        {"data": {"values": points}, "transform": [{"filter": "isValid(datum.low)"}],
+         "mark": {"type": "rule", "strokeWidth": 2.5},
          "encoding": {"x": x | {"field": "x"}, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": marks["color"]}},
         {"data": {"values": points}, "encoding": here | marks,
          "mark": {"type": "point", "filled": True, "size": 100, "opacity": 1}}]

@@ -53,7 +53,8 @@ def test_out_says_where(folders, tmp_path, monkeypatch):
 def test_bad_input_writes_nothing(folders, tmp_path, monkeypatch):
     monkeypatch.delenv("FROM", raising=False)
     one, path = str(folders[0]), folders[1] / "report.json"
-    assert refusal(tool.main, []) == refusal(tool.main, [one]) == ("a ladder needs the reports of two or more sizes.", tool.AGAIN)
+    assert refusal(tool.main, []) == refusal(tool.main, [one]) == (
+        "a ladder needs the reports of two or more sizes.", tool.AGAIN)
     assert refusal(tool.main, [one, one])[0].endswith("are of one size, 445,952 parameters.")
     assert refusal(tool.main, [one, str(tmp_path)]) == (f"there is no {tmp_path}/report.json.", tool.AGAIN)
     for text in ("{", "[]", "{}", "[" * 100_000, '{"format": 1}'):
