@@ -22,8 +22,8 @@ NO_NUMBER = ("INVALID", "INCOMPLETE")
 PANEL, HEIGHT = 300, 260  # of an arm, pixels
 SIZE_SYMBOLS = ("MODEL_", "GPT2_N_")  # what a size is set by
 UNPLANNED = ("The change of an arm's difference from the smallest to the largest size at which it has a number is one "
-             "unplanned comparison an arm: no plan had it on record. Its 95 % interval is Welch's, from the differences of single seeds, "
-             "and is of that comparison alone; Holm's p counts all {arms}.")
+             "unplanned comparison an arm: no plan had it on record. Its 95 % interval is Welch's, from the differences of "
+             "single seeds, and is of that comparison alone; Holm's p counts all {arms}.")
 
 
 def ladder(reports: list[tuple[str, dict]]) -> dict:
@@ -230,7 +230,8 @@ def _panel(arm: dict, found: dict, at: list, x: dict, aside: float) -> dict:
                 f"95 % interval {interval}, Holm p {_p(change['p_holm'])}"]
     layers = [
         {"data": {"values": [{"from": -margin, "to": margin}]},
-         "mark": {"type": "rect", "color": charts.NEUTRAL, "opacity": 0.16}, "encoding": {"y": y | {"field": "from"}, "y2": {"field": "to"}}},
+         "mark": {"type": "rect", "color": charts.NEUTRAL, "opacity": 0.16},
+         "encoding": {"y": y | {"field": "from"}, "y2": {"field": "to"}}},
         {"data": {"values": [{"zero": 0}]}, "mark": {"type": "rule", "strokeWidth": 1},
          "encoding": {"y": y | {"field": "zero"}}},
         {"data": {"values": points}, "encoding": here,
