@@ -253,6 +253,7 @@ def train_cell(folder: Path, cfg: "Config", provenance: dict) -> int:
         if cfg.KVSPLICE and not parent:
             compression = compress()
             progress.val_loss, progress.best_val_loss = compression["val_loss"], None  # the best was uncompressed
+            clock.switch("eval")
             with codec_mode(model, "splice"):
                 progress.val_loss_by_position = loop.evaluate_by_position(cfg, model, evaluation_set(cfg, corpus), device)
             if not math.isfinite(progress.val_loss):

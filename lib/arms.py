@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lib import results
 from lib.cells import FINISHED, Cell, Status, baseline, contrasts
 from lib.config import Study, identity_changes, parse_step
+from lib.design import partner
 from lib.errors import UserError
 from lib.paths import shown
 from lib.steps import step_header, step_path
@@ -79,10 +80,12 @@ def compare(study: Study, groups: list[Group], order: list[int], test: str, seed
 
 def contrasted(study: Study, groups: list[Group], order: list[int], test: str, seeds: list[int] | None = None,
                comparisons: int = 0) -> list[tuple[Group, Group, Comparison]]:
-    """The verdicts of the study's contrasts, each with its two arms, under each optimizer. They are one family, as in
-    `compare`."""
-    pairs = [(one, other) for step, reference_step in contrasts(study)[0] for one in groups for other in groups
-             if (one.step, other.step) == (step, reference_step) and one.optimizer == other.optimizer]
+    """The verdicts of the study's contrasts, each with its two arms, under each optimizer. They are one family, of
+    `comparisons` if that is more."""
+    pairs = []
+    for step, reference_step in contrasts(study)[0]:
+        others = {group.optimizer: group for group in groups if group.step == reference_step}
+        pairs += [(one, others[partner(one.optimizer, others)]) for one in groups if one.step == step]
     found = family([(one.arm(seeds), other.arm(seeds)) for one, other in pairs], order, study.config.MARGIN, test, comparisons)
     return [(one, other, comparison) for (one, other), comparison in zip(pairs, found, strict=True)]
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib import generations, process, results
-from lib.config import Resolved, Study, identity_changes, parse_step, sealed
+from lib.config import Resolved, Study, identity_changes, sealed
 from lib.errors import UserError
-from lib.steps import file_name, step_path
+from lib.steps import file_name
 
 if TYPE_CHECKING:
     from lib.config import Config
@@ -187,7 +187,8 @@ def baseline(study: Study) -> str:
 
 
 def contrasts(study: Study) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """The pairs (step, reference) of CONTRASTS that the study can compare, and those one of whose steps it does not have."""
+    """The pairs (step, reference) of CONTRASTS that the study can compare, and those that it leaves out: one of their steps is
+    not in it, or is its baseline, with which every step is compared anyway."""
     steps, first = steps_of(study), baseline(study)
     found: list[tuple[str, str]] = []
     for text in study.config.CONTRASTS.split():
@@ -196,15 +197,12 @@ def contrasts(study: Study) -> tuple[list[tuple[str, str]], list[tuple[str, str]
             raise UserError(f"CONTRASTS holds '{text}', which is no pair of steps.", "write V3:V1 for V3 against V1.")
         for one in (step, other):
             if one not in steps:
-                step_path(parse_step(one)[0], study.config.STEPS_DIR)
-        if first in (step, other):
-            raise UserError(f"CONTRASTS holds '{text}', but every step is compared with {first} anyway.",
-                            f"take {text} out of CONTRASTS.")
+                study.resolve(one)  # refuses what is no step at all
         if step == other or (step, other) in found or (other, step) in found:
             raise UserError(f"CONTRASTS holds '{text}', a step against itself or a pair for the second time.",
                             f"take {text} out of CONTRASTS.")
         found.append((step, other))
-    there = [pair for pair in found if set(pair) <= set(steps)]
+    there = [pair for pair in found if set(pair) <= set(steps) - {first}]
     return there, [pair for pair in found if pair not in there]
 
 

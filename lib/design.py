@@ -10,7 +10,9 @@ over all before it, so that none can be edited or taken from the middle unnotice
 
 import hashlib
 import json
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ def read(out: Path) -> list[dict]:
         return found
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{shown(path)} is not what was written before the first cell: {error}.",
                         "restore it, or give another folder with OUT= and run the study anew.") from None
 
@@ -70,12 +72,12 @@ def following(history: list[dict], plan: dict, seen: int) -> list[dict]:
 
     The anytime test, once chosen and used, stays.
     """
-    if seen and test(history) == "anytime":
+    written, before = datetime.now(UTC).isoformat(timespec="seconds"), history[-1]["chain"] if history else ""
+    if seen and test([*history, _entry(plan, written, seen, before)]) == "anytime":
         plan = plan | {"test": "anytime"}
     if history and history[-1]["hash"] == digest(plan):
         return history
-    written = datetime.now(UTC).isoformat(timespec="seconds")
-    return [*history, _entry(plan, written, seen, history[-1]["chain"] if history else "")]
+    return [*history, _entry(plan, written, seen, before)]
 
 
 def write(out: Path, history: list[dict]) -> None:
@@ -113,16 +115,49 @@ def comparisons(history: list[dict]) -> int:
 
 
 def contrasts(history: list[dict]) -> int:
-    """Contrasts of the plans in force together, counted like comparisons."""
-    return len({pair for entry in in_force(history) for pair in _pairs(entry["plan"])})
+    """The size of the family of contrasts: those of the plans in force together, counted like comparisons.
+
+    One that was added after a look costs nothing but the looking, unlike an arm, whose cells must run. Whoever adds one may
+    have chosen it among all pairs of arms, so all of them count then.
+    """
+    planned = {pair for entry in in_force(history) for pair in _pairs(entry["plan"])}
+    return len(planned | _every_pair(history) if added_contrasts(history) else planned)
 
 
-def _pairs(plan: dict) -> list[tuple]:
-    """The contrasts of a plan between arms under the same optimizer, each with both configurations."""
-    arms = {tuple(name.rsplit(" ", 1)): identity for name, identity in plan["arms"].items()}
-    pairs = [tuple(text.split(":")) for text in plan.get("contrasts", "").split()]
-    return [(step, other, optimizer, identity, arms[other, optimizer]) for step, other in pairs
-            for (name, optimizer), identity in arms.items() if name == step and (other, optimizer) in arms]
+def added_contrasts(history: list[dict]) -> list[str]:
+    """Contrasts of the last plan, "V3:V1", that were added when there were results."""
+    before = {text for entry in in_force(history) if not entry["seen"] for text in entry["plan"].get("contrasts", "").split()}
+    return [text for text in history[-1]["plan"].get("contrasts", "").split() if text not in before]
+
+
+def _every_pair(history: list[dict]) -> set[frozenset]:
+    """All pairs of arms in force that a contrast could be of."""
+    found = set()
+    for plan in (entry["plan"] for entry in in_force(history)):
+        steps = list(dict.fromkeys(arm.rsplit(" ", 1)[0] for arm in plan["arms"]))
+        steps = [step for step in steps if step != plan["baseline"]]
+        found |= set(_pairs(plan | {"contrasts": " ".join(map(":".join, combinations(steps, 2)))}))
+    return found
+
+
+def partner(optimizer: str, others: Iterable[str]) -> str:
+    """The optimizer of the arm that an arm is compared with: the same one, or where steps have their own, the only one."""
+    others = list(others)
+    return optimizer if optimizer in others else others[0]
+
+
+def _pairs(plan: dict) -> list[frozenset]:
+    """The contrasts of a plan as pairs of arms with their configurations; which of the two is the reference plays no part."""
+    arms: dict[str, dict[str, str]] = {}
+    for name, identity in plan["arms"].items():
+        step, optimizer = name.rsplit(" ", 1)
+        arms.setdefault(step, {})[optimizer] = identity
+    found = []
+    for step, other in (text.split(":") for text in plan.get("contrasts", "").split()):
+        for optimizer, identity in arms[step].items():
+            with_it = partner(optimizer, arms[other])
+            found.append(frozenset({(step, optimizer, identity), (other, with_it, arms[other][with_it])}))
+    return found
 
 
 def changes(history: list[dict]) -> list[str]:
@@ -137,7 +172,8 @@ def changes(history: list[dict]) -> list[str]:
         for key in keys:
             if before.get(key) != after.get(key) and not (key == "sweep" and before[key] is None):
                 what = "list of contrasts" if key == "contrasts" else key
-                found.append(f"the plan's {what} was changed after a look, {when}: {before.get(key)} to {after.get(key)}")
+                was, now = (plan.get(key, "none") for plan in (before, after))
+                found.append(f"the plan's {what} was changed after a look, {when}: {was} to {now}")
         arms, others = before["arms"], after["arms"]
         for what, names in (("added to the plan", others.keys() - arms.keys()),
                             ("taken from the plan, and still counted,", arms.keys() - others.keys()),

@@ -9,7 +9,6 @@ stopped and continued anywhere.
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from lib import design
 from lib.cells import FINISHED, SEED_LIMIT, parse_seeds, seeds_of, whole
 from lib.config import Study
 from lib.design import FEWEST_SEEDS
@@ -75,10 +74,10 @@ def complete(plan: "Plan", seeds: list[int]) -> bool:
 
 
 def undecided(plan: "Plan", seeds: list[int]) -> list[str]:
-    """Names of the arms and contrasts that have no verdict after these seeds. An A/A control is none to wait for:
-    that it shows no difference can rarely be proved."""
+    """Names of the arms that have no verdict after these seeds. An A/A control is none to wait for: that it shows no
+    difference can rarely be proved. Nor are contrasts, of which many are between arms that are nearly alike."""
     try:
-        from lib.arms import compare, contrasted, group  # scipy, which a plain plan does without
+        from lib.arms import compare, group  # scipy, which a plain plan does without
     except ModuleNotFoundError as error:
         raise UserError(f"UNTIL=decided needs {error.name}, which is not installed.", "pip install scipy.") from None
 
@@ -89,7 +88,4 @@ def undecided(plan: "Plan", seeds: list[int]) -> list[str]:
             waits = {one.name for one in groups if one.control != "null"}
             compared = compare(plan.study, groups, seeds, "anytime", seeds, 0 if tuned else plan.comparisons())
             found += [name for name, c in compared.items() if name in waits and not c.decided]
-            if tuned is None:
-                pairs = contrasted(plan.study, groups, seeds, "anytime", seeds, design.contrasts(plan.history))
-                found += [f"{one.name} vs {other.name}" for one, other, c in pairs if not c.decided]
     return found

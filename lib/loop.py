@@ -389,27 +389,23 @@ def evaluate(cfg: "Config", model: Any, eval_set: Iterable, device: torch.device
 @torch.no_grad()
 def evaluate_by_position(cfg: "Config", model: Any, eval_set: EvalSet, device: torch.device,
                          group: ranks.Alone = ranks.ALONE) -> list[float] | None:
-    """Mean cross-entropy in nats in each of POSITIONS equal parts of the context, from its begin to its end; None if the
-    evaluation set has too few batches or positions for that.
-
-    A program gives one loss a batch, so each batch has the targets of one part only, and the parts take turns: all of them
-    cost one pass. They are means over different windows, the same ones for every arm.
-    """
-    if min(eval_set.n_batches, eval_set.block) < POSITIONS:
+    """Mean cross-entropy in nats in each of POSITIONS equal parts of the context, from its begin to its end, over the whole
+    evaluation set: a pass for each, since a program gives one loss a batch. None for a context of fewer positions."""
+    if eval_set.block < POSITIONS:
         return None
     model.eval()
-    totals, counts = torch.zeros(2, POSITIONS, dtype=torch.float64, device=device)
+    totals, batches = torch.zeros(POSITIONS, dtype=torch.float64, device=device), 0
     edges = np.linspace(0, eval_set.block, POSITIONS + 1).round().astype(int)
-    for number, (x, y) in itertools.islice(enumerate(eval_set), group.rank, None, group.size):
-        part, targets = number % POSITIONS, np.full_like(y, IGNORED)
-        kept = slice(edges[part], edges[part + 1])
-        targets[:, kept] = y[:, kept]
-        x, targets = to_device((x, targets), device)
-        with runtime.autocast(cfg, device):
-            totals[part] += model(x, targets)[1].double()
-        counts[part] += 1
+    for x, y in itertools.islice(eval_set, group.rank, None, group.size):
+        for part, (begin, end) in enumerate(itertools.pairwise(edges)):
+            kept = np.full_like(y, IGNORED)
+            kept[:, begin:end] = y[:, begin:end]
+            inputs, targets = to_device((x, kept), device)
+            with runtime.autocast(cfg, device):
+                totals[part] += model(inputs, targets)[1].double()
+        batches += 1
         process.show_life()
-    return (group.total(totals) / group.total(counts)).tolist()
+    return (group.total(totals) / group.total(torch.full_like(totals, batches))).tolist()
 
 
 def to_device(batch: Any, device: torch.device) -> tuple[torch.Tensor, ...]:

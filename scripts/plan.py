@@ -53,7 +53,7 @@ def warnings(plan: Plan) -> list[str]:
             steps += [] if cell.step in steps else [cell.step]
     left_out = " ".join(map(":".join, contrasts(plan.study)[1]))
     return [f"{' '.join(steps)}: {sentence}" for sentence, steps in said.items()] + (
-        [f"no contrast {left_out}: not all of these steps are in the study"] if left_out else [])
+        [f"no contrast {left_out}: one of the steps is not in the study, or is its baseline"] if left_out else [])
 
 
 def check_data(plan: Plan) -> None:

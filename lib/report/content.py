@@ -15,6 +15,7 @@ import numpy as np
 
 from lib import anytime, design, stats
 from lib.arms import Group, compare, contrasted, group, reference, refuse_copies
+from lib.cells import contrasts as contrasts_of
 from lib.classes import FunctionClass, function_classes
 from lib.report import caches, compression, downstream, positions
 from lib.tables import plural
@@ -44,9 +45,11 @@ def content(plan: "Plan") -> dict:
         groups = group(plan.study, plan.found(cells), tuned)
         comparisons = compare(plan.study, groups, order, test, comparisons=0 if tuned else design.comparisons(history))
         classes = function_classes({one.step: one.cells[0][0].resolved.config for one in groups})
+        classes = function_classes({one.step: one.cells[0][0].resolved.config for one in groups})
         compared |= comparisons
         if tuned is None:
-            contrasts = contrasted(plan.study, groups, order, test, comparisons=design.contrasts(history))
+            contrasts = [_contrast(*found, test, curves, classes) for found in
+                         contrasted(plan.study, groups, order, test, comparisons=design.contrasts(history))]
         compressed |= {one.name: [status.record for _, status in one.cells if status.state == "done"] for one in groups}
         evaluated += [_evaluated(plan, groups, one, comparisons.get(one.name)) for one in groups]
         steps += [_step(plan, groups, one, comparisons.get(one.name), later, test, curves, classes[one.step])
@@ -60,16 +63,17 @@ def content(plan: "Plan") -> dict:
         "baseline": base["name"], "margin": plan.study.config.MARGIN,
         "plan": {"hash": last["hash"], "written": last["written"], "test": test, "metric": design.METRIC,
                  "error_rate": design.ERROR_RATE, "seeds": plan.seeds,
-                 "comparisons": design.comparisons(history), "later_seeds": [s for s in order if s in later],
+                 "comparisons": design.comparisons(history), "contrasts": design.contrasts(history),
+                 "later_seeds": [s for s in order if s in later],
                  "max_seeds": len(last["plan"]["seeds"]) if test == "anytime" else None,
                  "sentence": design.sentence(last["plan"]), "on_record": history == plan.recorded},
         "complete": all(cell["state"] in ("done", "diverged") for step in steps for cell in step["cells"]),
-        "steps": steps, "contrasts": [_contrast(*one, test, curves) for one in contrasts], "sweep": sweep,
+        "steps": steps, "contrasts": contrasts, "sweep": sweep,
         "compression": compression.rows(compressed, test),
         "downstream": downstream.rows(evaluated), "noise": _noise(base, steps),
         "environment": _environment(records), "data": records[0]["data"] if records else None,
         "outside_budget": _outside_budget(records),
-        "notes": _notes(plan, history, steps, compared | {c.name + c.reference: c for _, _, c in contrasts}, sweep or []),
+        "notes": _notes(plan, history, steps, compared, sweep or []) + _notes_on_contrasts(plan, history),
         "control_failures": [f for s in steps if (f := control_failure(s["name"], s["control"], compared.get(s["name"])))],
     }
 
@@ -136,9 +140,13 @@ def _comparison(one: Group, base: Group, c: Comparison, test: str, evaluations: 
     return found
 
 
-def _contrast(one: Group, other: Group, c: Comparison, test: str, evaluations: dict[str, list]) -> dict:
+def _contrast(one: Group, other: Group, c: Comparison, test: str, evaluations: dict[str, list],
+              classes: dict[str, FunctionClass]) -> dict:
+    ours, theirs = (classes[group.step] for group in (one, other))
+    equal = ours.of == theirs.of and "inside" not in (ours.relation, theirs.relation)
     return {"name": f"{one.name} vs {other.name}", "step": one.name, "reference": other.name,
-            "comparison": _comparison(one, other, c, test, evaluations)}
+            "function_class": {"relation": "equal", "sentence": FunctionClass(one.step, other.step, "equal").sentence}
+            if equal else None, "comparison": _comparison(one, other, c, test, evaluations)}
 
 
 def views(arm: dict, base: dict, test: str) -> dict:
@@ -301,6 +309,17 @@ def _notes(plan: "Plan", history: list[dict], steps: list[dict], compared: dict[
               "which these seeds do not show" for step in steps
               if step["control"] == "harm" and step["comparison"] and step["comparison"]["word"] == "INCONCLUSIVE"]
     return list(dict.fromkeys(found))
+
+
+def _notes_on_contrasts(plan: "Plan", history: list[dict]) -> list[str]:
+    found = []
+    if added := design.added_contrasts(history):
+        found.append(f"contrasts that no plan had on record before the first result ({' '.join(added)}) may have been chosen "
+                     f"by it, so contrasts are corrected for all {design.contrasts(history)} that there could be")
+    if left_out := contrasts_of(plan.study)[1]:
+        found.append(f"no contrast {' '.join(map(':'.join, left_out))}: one of the steps is not in the study, or is its "
+                     "baseline")
+    return found
 
 
 def _side_by_side(plan: "Plan") -> str | None:

@@ -21,7 +21,7 @@ def render(content: dict) -> str:
     parts += [f"**CONTROL FAILED: {failure}**\n" for failure in content["control_failures"]]
     parts += [verdict_table(common, _against(common)), sentences(common)]
     if content.get("contrasts"):
-        parts += [contrast_table(content["contrasts"]), sentences(content["contrasts"])]
+        parts += [contrast_table(content["contrasts"], content["plan"]["contrasts"]), sentences(content["contrasts"])]
     if tuned:
         verdicts = plural(sum(not s["is_baseline"] for s in tuned), "verdict")
         parts += [f"## At each step's best learning rate\n\nA family of {verdicts} of its own.\n",
@@ -66,12 +66,13 @@ def verdict_table(steps: list[dict], first: str) -> str:
     return table(header, rows, "lllrrrrrr")
 
 
-def contrast_table(contrasts: list[dict]) -> str:
-    """One row a contrast: the columns of the table of verdicts that are about a difference."""
+def contrast_table(contrasts: list[dict], family: int) -> str:
+    """One row a contrast: the columns of the table of verdicts that are about a difference. `family` is what Holm counts."""
     rows = [[one["name"], one["comparison"]["word"], _interval(one["comparison"]), _view(one["comparison"], "equal_tokens"),
              _view(one["comparison"], "equal_seconds"), speed(one["comparison"])] for one in contrasts]
     header = ["contrast", "verdict", "difference, nats (95 %)", "at equal tokens", "at equal seconds", "tokens/s"]
-    return (f"## Contrasts\n\nSteps against other steps; a family of {plural(len(contrasts), 'verdict')} of its own.\n\n"
+    verdicts = plural(family, "verdict")
+    return (f"## Contrasts\n\nSteps against other steps, at their common rates; a family of {verdicts} of its own.\n\n"
             + table(header, rows, "llrrrr"))
 
 

@@ -1,8 +1,8 @@
 """Where in the context the loss of a step differs from the baseline's: by equal parts of it, from its begin to its end.
 
 A mechanism that drops, compresses or reaches back to distant tokens shows in the last part first. The numbers describe: each
-interval is of 95 % on its own, and no verdict rests on them. They are of fewer tokens than the loss itself (lib/loop.py says of
-which), and null for records of before there were any.
+interval is of 95 % on its own, and no verdict rests on them. The parts are of the same windows as the loss itself, whose mean
+they have; they are null for records of before there were any.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,7 @@ from lib.verdicts import signed
 
 KEY = "val_loss_by_position"
 CAPTION = ("Validation loss in equal parts of the context, from its begin to its end: the baseline's mean over seeds, and of "
-           "the other steps the difference to it with half its 95 % interval. Each is of a part of the evaluation set; no "
-           "verdict rests on it.")
+           "the other steps the difference to it with half its 95 % interval. No verdict rests on it.")
 
 
 def mean(records: list[dict]) -> list[float] | None:
@@ -41,7 +40,7 @@ def rows(steps: list[dict]) -> list[dict]:
 
 def _differences(step: dict) -> list[dict] | None:
     comparison = step.get("comparison") or {}
-    return None if comparison.get("word") == "INVALID" else comparison.get("by_position")
+    return None if comparison.get("word") in ("INVALID", "INCOMPLETE") else comparison.get("by_position")
 
 
 def header(found: list[dict]) -> list[str]:

@@ -194,7 +194,7 @@ def test_a_baseline_outside_the_study_is_refused(study):
 
 @pytest.mark.parametrize("text, there, absent", [
     ("", [], []), ("V3:V1", [("V3", "V1")], []), ("V2:V1 V3:V1", [("V3", "V1")], [("V2", "V1")]),
-    ("V1@RA_R=8:V1", [("V1@RA_R=8", "V1")], []),
+    ("V1@RA_R=8:V1", [("V1@RA_R=8", "V1")], []), ("V3:V0 V0:V1 V3:V1", [("V3", "V1")], [("V3", "V0"), ("V0", "V1")]),
 ])
 def test_contrasts_are_pairs_of_the_studys_steps(study, text, there, absent):
     assert contrasts(study("V0 V1 V3 V1@RA_R=8", f'CONTRASTS="{text}"')) == (there, absent)
@@ -204,7 +204,7 @@ def test_contrasts_are_pairs_of_the_studys_steps(study, text, there, absent):
     ("V3", "CONTRASTS holds 'V3', which is no pair of steps.", "write V3:V1 for V3 against V1."),
     ("V3:", "CONTRASTS holds 'V3:', which is no pair of steps.", "write V3:V1 for V3 against V1."),
     ("V3:V1:V0", "CONTRASTS holds 'V3:V1:V0', which is no pair of steps.", "write V3:V1 for V3 against V1."),
-    ("V3:V0", "CONTRASTS holds 'V3:V0', but every step is compared with V0 anyway.", "take V3:V0 out of CONTRASTS."),
+    ("V2@RA_RR=3:V1", "step V2@RA_RR=3: unknown symbol RA_RR.", "did you mean RA_R?"),
     ("V3:V3", "CONTRASTS holds 'V3:V3', a step against itself or a pair for the second time.", "take V3:V3 out of CONTRASTS."),
     ("V3:V1 V1:V3", "CONTRASTS holds 'V1:V3', a step against itself or a pair for the second time.",
      "take V1:V3 out of CONTRASTS."),

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lib import design
 from lib.cells import expand
 from lib.config import Study
 from lib.plan import Options, Plan
@@ -97,13 +98,14 @@ def test_an_a_a_control_is_not_waited_for(study, dotconfig):
     assert "A0" not in plan.undecided
 
 
-def test_contrasts_are_waited_for(study):
+def test_contrasts_are_not_waited_for(study):
     out = study("6", 'CONTRASTS="V2:V1"', steps="V0 V1 V2")
     for seed in range(1, 7):
         for cell in expand(Study(), [seed]):  # V2 and V1 are clearly worse than V0; which of them is better, is open
             extra = {"V0": 0, "V1": 0.5 * (1 + seed / 1e4), "V2": 0.5 * (1 + (-1) ** seed / 20)}[cell.step]
             finish(out, cell, val_loss=3 + seed / 37 + extra, train_loss=extra + seed)
-    assert Plan(UNTIL).undecided == ["V2 vs V1"]
+    plan = Plan(UNTIL)
+    assert plan.undecided == [] and running(plan) == [] and design.contrasts(plan.history) == 1
 
 
 def test_a_failed_cell_ends_the_looks_instead_of_running_for_ever(study):

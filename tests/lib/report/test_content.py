@@ -111,6 +111,35 @@ def test_contrasts_are_a_family_of_their_own(study):
     assert "2 contrasts" in found["plan"]["sentence"]
 
 
+def test_contrasts_that_were_taken_out_still_count(study):
+    study("V0 V1 V2 V3", 'CONTRASTS="V2:V1 V3:V1"', V0=V0, V1=BELOW, V2=V0, V3=V0)
+    found = content(study("V0 V1 V2 V3", 'CONTRASTS="V3:V1"'))
+    (one,) = found["contrasts"]
+    assert found["plan"]["contrasts"] == 2 and one["comparison"]["p_holm"] == pytest.approx(2 * one["comparison"]["p"])
+
+
+def test_a_contrast_that_is_added_after_a_look_counts_as_chosen_from_all_pairs(study):
+    study("V0 V1 V2 V3", V0=V0, V1=BELOW, V2=V0, V3=V0)
+    found = content(study("V0 V1 V2 V3", 'CONTRASTS="V3:V1"', write=False))
+    (one,) = found["contrasts"]
+    assert found["plan"]["contrasts"] == 3 and one["comparison"]["p_holm"] == pytest.approx(3 * one["comparison"]["p"])
+    assert ("contrasts that no plan had on record before the first result (V3:V1) may have been chosen by it, so contrasts are "
+            "corrected for all 3 that there could be") in found["notes"]
+
+
+def test_a_contrast_of_steps_with_optimizers_of_their_own(study):
+    own = "V2@OPTIMIZER_ADAMW=y"
+    found = content(study(f"V0 V1 {own}", f'CONTRASTS="{own}:V1"', V0=V0, V1=BELOW, **{own: V0}))
+    assert [(c["name"], c["comparison"]["word"]) for c in found["contrasts"]] == [(f"{own} vs V1", "WORSE")]
+    assert found["plan"]["contrasts"] == 1
+
+
+def test_a_contrast_with_the_baseline_is_left_out_with_a_note(study):
+    found = content(study("V0 V1 V2", 'BASELINE="V1"', 'CONTRASTS="V2:V1 V3:V2"', V0=V0, V1=BELOW, V2=V0))
+    assert found["contrasts"] == [] and found["plan"]["contrasts"] == 0
+    assert "no contrast V2:V1 V3:V2: one of the steps is not in the study, or is its baseline" in found["notes"]
+
+
 def test_contrasts_stay_under_each_optimizer(study):
     found = content(study("V0 V1 V2", 'OPTIMIZERS="adamw sinkgd"', 'CONTRASTS="V2:V1"', V1_adamw=V0, V2_adamw=BELOW,
                           V1_sinkgd=BELOW, V2_sinkgd=V0))

@@ -102,10 +102,13 @@ def test_contrasts(study):  # noqa: F811
 
     text = markdown.render(content(study("V0 V1 V2", 'CONTRASTS="V2:V1"', V0=V0, V1=BELOW, V2=V0)))
     part = text.split("## Contrasts\n\n")[1].split("## Cells")[0].splitlines()
-    assert part[0] == "Steps against other steps; a family of 1 verdict of its own."
+    assert part[0] == "Steps against other steps, at their common rates; a family of 1 verdict of its own."
     assert cells(part[2])[:3] == ["contrast", "verdict", "difference, nats (95 %)"]
     assert cells(part[4])[:2] == ["V2 vs V1", "WORSE"] and cells(part[4])[2].startswith("+0.1000 (")
     assert part[6].startswith("- V2 vs V1: +0.1000 nats (95 % CI ") and "WORSE" in part[6]
+    assert "difference is optimisation only" not in part[6], "V2 mixes in the token's own value, V1 does not"
+    same = markdown.render(content(study("V0 V1 V3", 'CONTRASTS="V3:V1"', V0=V0, V1=BELOW, V3=V0)))
+    assert "V3 is V1 in function class: a difference is optimisation only." in same
     assert "## Contrasts" not in markdown.render(content(study(V0=V0, V1=BELOW)))
 
 
