@@ -223,6 +223,13 @@ def announce(study: Study) -> None:
         print(f"no .config: using the study {DEFAULT_STUDY} (make list-defconfigs shows the others)", file=sys.stderr)
 
 
+def refuse_study() -> None:
+    """UserError for STUDY= on the command line of a goal that is about the configured study, where it would go unheard."""
+    if study := os.environ.get("STUDY"):
+        raise UserError(f"STUDY={study} names a study to look at (make check, show, bench-steps, ...), and this is about the "
+                        "one in .config.", f"make defconfig-{study}, then this again without STUDY=.")
+
+
 def load(defconfig: str | None = None, step: str | None = None, overrides: dict | None = None,
          config: Path | None = None) -> Config:
     """The configuration of one step (or of the study itself); `overrides` maps symbol names to values."""

@@ -31,10 +31,11 @@ def main(arguments: list[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args(arguments)
     with reported():
-        from lib.config import Study, announce  # after --help, which needs no configuration
+        from lib.config import Study, announce, refuse_study  # after --help, which needs no configuration
 
         study = Study()
         announce(study)
+        refuse_study()
         cfg = study.config
         if cfg.DATASET in PREPARED:
             from lib.data.prepare import prepare

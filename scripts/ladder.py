@@ -1,8 +1,8 @@
 """Say how the effect of each arm changes with the size of the model, from the reports of one study at several sizes.
 
 FROM names two or more folders, each with a report.json of make report, of one baseline and metric. Written are ladder.md (which
-is printed), ladder.json, ladder.png and ladder.svg: into OUT, or else into the folder in which the first of them lies. The
-reports are only read.
+is printed), ladder.json, ladder.png and ladder.svg: into OUT, or else into the first of these folders. The reports are only
+read.
 """
 
 import argparse
@@ -41,13 +41,13 @@ def main(arguments: list[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="*", help="folders with a report.json (default: FROM of the environment)")
     parser.add_argument("--out", type=Path, default=os.environ.get("KABLATE_OUT") or None, metavar="FOLDER",
-                        help="where to write (default: make's OUT, or the folder in which the first one lies)")
+                        help="where to write (default: make's OUT, or the first of the folders)")
     args = parser.parse_args(arguments)
     folders = args.folders or [Path(name) for name in os.environ.get("FROM", "").split()]
     if len(folders) < 2:
         raise UserError("a ladder needs the reports of two or more sizes.", AGAIN)
     reports = [(shown(folder), read_report(folder)) for folder in folders]
-    out = args.out or folders[0].absolute().parent
+    out = args.out or folders[0]
     if not out.is_dir():
         raise UserError(f"there is no folder {shown(out)}.", "create it first.")
     try:
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         png, svg = charts.png(spec), charts.svg(spec)
     except ModuleNotFoundError as error:
         raise UserError(f"a ladder needs {error.name}, which is not installed.", f"pip install {error.name}.") from None
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"these reports give no ladder: {type(error).__name__}: {error}.", AGAIN) from None
     atomic.write_text(out / "ladder.md", text)
     atomic.write_text(out / "ladder.json", json.dumps(found, indent=1) + "\n")

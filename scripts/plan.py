@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lib import design, failures, generations, process
 from lib.cells import Cell, Status, contrasts
-from lib.config import announce
+from lib.config import announce, refuse_study
 from lib.errors import UserError, reported
 from lib.paths import ROOT, shown
 from lib.plan import Options, Plan
@@ -26,9 +26,7 @@ def options_from_environment(steps: Sequence[str] = (), tune: bool = False) -> O
     """What make's command line added, as make hands it on. A learning-rate sweep has no looks. UserError for STUDY=, which
     would go unheard."""
     get = os.environ.get
-    if study := get("STUDY"):
-        raise UserError(f"STUDY={study} names a study to look at (make check, show, bench-steps, ...), and this is about the "
-                        "one in .config.", f"make defconfig-{study}, then this again without STUDY=.")
+    refuse_study()
     return Options(get("KABLATE_OUT", ""), get("KABLATE_SEEDS", ""), get("KABLATE_TIME", ""),
                    get("RETRY", "") not in ("", "0", "n"), tuple(steps), "" if tune else get("KABLATE_UNTIL", ""),
                    get("KABLATE_MAX_SEEDS", ""), get("KABLATE_LOOK", ""), get("KABLATE_JOBS", ""), tune)

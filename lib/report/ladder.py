@@ -6,13 +6,14 @@ the baseline of the same size; an arm that is INVALID or INCOMPLETE there has no
 baseline, those of an arm its own.
 
 What is computed here is one comparison an arm: by how much its difference changes from the smallest to the largest size at
-which it has a number, by Welch's t on the differences of single seeds, with Holm's p over all arms of more than one report.
-Nobody planned it before the first cell, and seeds that both sizes share count as independent. An interval is of one
-comparison, not of the family.
+which it has the seeds that a verdict needs, by Welch's t on the differences of single seeds, with Holm's p over all arms of
+more than one report. Nobody planned it before the first cell, and seeds that both sizes share count as independent. An interval
+is of one comparison, not of the family.
 """
 
 from typing import Any
 
+from lib.design import FEWEST_SEEDS
 from lib.errors import UserError
 from lib.report import charts
 from lib.report.curves import number
@@ -21,8 +22,8 @@ from lib.tables import count, plural, table
 NO_NUMBER = ("INVALID", "INCOMPLETE")
 PANEL, HEIGHT = 300, 260  # of an arm, pixels
 SIZE_SYMBOLS = ("MODEL_", "GPT2_N_")  # what a size is set by
-UNPLANNED = ("The change of an arm's difference from the smallest to the largest size at which it has a number is one "
-             "unplanned comparison an arm: no plan had it on record. Its 95 % interval is Welch's, from the differences of "
+UNPLANNED = ("The change of an arm's difference from the smallest to the largest size with seeds enough for a verdict is "
+             "one unplanned comparison an arm: no plan had it on record. Its 95 % interval is Welch's, from the differences of "
              "single seeds, and is of that comparison alone; Holm's p counts all {arms}.")
 
 
@@ -77,7 +78,7 @@ def _size(name: str, content: dict) -> dict:
 def _arm(name: str, reports: list[tuple[str, dict]]) -> dict:
     """An arm's difference at every size (None where the report does not have it), and how it changes."""
     at = [next((_rung(s) for s in content["steps"] if s["name"] == name), None) for _, content in reports]
-    known = [i for i, rung in enumerate(at) if rung and rung["difference"] is not None and rung["by_seed"]]
+    known = [i for i, rung in enumerate(at) if rung and len(rung["by_seed"]) >= FEWEST_SEEDS]
     return {"name": name, "at": at, "reports": sum(rung is not None for rung in at),
             "change": _change(at, known[0], known[-1]) if len(known) > 1 else None}
 

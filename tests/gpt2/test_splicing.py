@@ -2,6 +2,7 @@
 
 import errno
 import json
+from statistics import fmean
 
 import pytest
 import torch
@@ -51,6 +52,8 @@ def test_a_cell_that_is_only_evaluated_is_its_parent_compressed(v19_and_c2):
     found = after["compression"]
     assert found["val_loss_before"] == before["val_loss"] and found["val_loss"] == after["val_loss"] != before["val_loss"]
     assert found["val_loss_pca"] not in (before["val_loss"], after["val_loss"])
+    for record in (before, after):
+        assert fmean(record["val_loss_by_position"]) == pytest.approx(record["val_loss"], rel=1e-6)
     assert after["calibration_seconds"] > 0 and before["calibration_seconds"] == 0 and before["compression"] is None
     assert [layer["layer"] for layer in found["layers"]] == [0, 1] and found["rows"] == 256
     assert all(0 < layer["error"] < 1 and 0 < layer["error_pca"] < 1 for layer in found["layers"])
@@ -126,6 +129,8 @@ def test_by_hand_a_cell_trains_and_is_fitted_at_its_end(tmp_path):
     assert record["val_loss"] == record["compression"]["val_loss"] != record["compression"]["val_loss_before"]
     rows = [json.loads(line) for line in (tmp_path / "cell/metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["val_loss"] == record["compression"]["val_loss_before"]  # it trained without
+    assert fmean(record["val_loss_by_position"]) == pytest.approx(record["val_loss"], rel=1e-6), "of compressed values too"
+    assert record["val_loss"] != pytest.approx(record["compression"]["val_loss_before"], rel=1e-5), "or it would prove nothing"
     assert (tmp_path / "fit.pt").read_bytes() == (tmp_path / "cell/kvsplice_V0.pt").read_bytes()
     assert [record["configuration"][f"KVSPLICE_{name}"] for name in ("KNOTS", "LR", "EPOCHS")] == [5, 0.01, 1]
 

@@ -443,6 +443,18 @@ def test_a_stale_cell_is_missing(study):
     assert "V0 seed 1: stale: its result is of another configuration: BATCH_SIZE 9 -> 8" in found["notes"]
 
 
+def test_contrasts_are_of_the_common_rates(study, tmp_path):
+    study("V0 V1 V2", 'CONTRASTS="V2:V1"', V0=V0, V1=V0, V2=BELOW)
+    out = tmp_path / "out"
+    for cell in tuning.sweep(Study(), out).cells:
+        finish(out, cell, val_loss=3.0 - 0.1 * ("MULT=2" in cell.step))
+    for cell in Plan(Options()).tuned_cells:
+        finish(out, cell, val_loss=2.8 + cell.seed / 37 + 0.5 * cell.step.startswith("V2"), train_loss=cell.seed / 3)
+    found = content(Plan(Options()))
+    assert len(found["steps"]) == 6 and [c["name"] for c in found["contrasts"]] == ["V2 vs V1"]
+    assert found["contrasts"][0]["comparison"]["word"] == "BETTER", "and worse at the best ones"
+
+
 def test_the_sweep_and_the_tuned_family(study, tmp_path):
     study(V0=V0, V1=BELOW)
     out = tmp_path / "out"

@@ -1,6 +1,7 @@
 """lib/report/ladder.py: what reports of several sizes say together, on synthetic reports whose answer is known."""
 
 import copy
+from statistics import fmean
 
 import pytest
 
@@ -65,7 +66,7 @@ def test_an_arm_without_a_valid_comparison_has_no_number_and_still_counts(word):
 
 
 def test_the_change_is_between_the_extreme_sizes_with_a_number_in_between_none_counts():
-    middle = ("middle", report(30_000_000, step("A", 1, {"1": 5.0, "2": 5.1})))
+    middle = ("middle", report(30_000_000, step("A", 1, {"1": 5.0, "2": 5.1, "3": 5.05})))
     found = ladder.ladder([*reports(), middle])
     assert (found["arms"][0]["change"]["from"], found["arms"][0]["change"]["to"]) == (0, 2)
     assert found["arms"][0]["change"]["difference"] == pytest.approx(-0.069)
@@ -85,11 +86,13 @@ def test_an_arm_of_one_report_is_noted_and_no_comparison():
     assert "Holm's p counts all 1 arm." in ladder.markdown(found)
 
 
-def test_one_seed_a_size_gives_a_change_without_interval():
+@pytest.mark.parametrize("by_seed", [{"1": 0.5}, {"1": 0.5, "2": 0.6}])
+def test_too_few_seeds_for_a_verdict_are_too_few_for_a_change(by_seed):
     given = reports()
-    given[0][1]["steps"][1] = step("A", 9, {"1": 0.5}, "UNDERPOWERED")
-    change = ladder.ladder(given)["arms"][0]["change"]
-    assert change["difference"] == pytest.approx(0.485) and change["low"] is change["p"] is change["p_holm"] is None
+    given[0][1]["steps"][1] = step("A", 9, by_seed, "UNDERPOWERED")
+    a, b = ladder.ladder(given)["arms"]
+    assert a["change"] is None and a["at"][1]["difference"] == pytest.approx(fmean(by_seed.values()))
+    assert b["change"]["p_holm"] == min(1, 2 * b["change"]["p"]), "an arm without a change counts as well"
 
 
 @pytest.mark.parametrize("where, value, note", [
