@@ -58,12 +58,15 @@ class Packed:
 
 @dataclass
 class Unpacked:
-    """Names of cells that were added, that replaced an unfinished one, and that were there already with the same bytes;
+    """Names of cells that were added, that replaced an unfinished one, and that were there already with the same result;
+    of what was measured afterwards of the latter, what was added and what was not, because another one is here;
     `other_plan` is the hash of the plan they ran by, if that is none of this study's."""
 
     added: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
     same: list[str] = field(default_factory=list)
+    measured: list[str] = field(default_factory=list)
+    not_taken: list[str] = field(default_factory=list)
     other_plan: str | None = None
 
 
@@ -360,10 +363,15 @@ def _merge(out: Path, holder: Path, report: Unpacked) -> None:
             atomic.rename(holder / name, out / name)
         for name in report.same:
             for told, others in AFTERWARDS.items():
-                if (holder / name / told).exists() and not os.path.lexists(out / name / told):
-                    spoken_of = [p.name for p in (holder / name).iterdir() if others and others.fullmatch(p.name)]
-                    for new in (*spoken_of, told):  # which is last: what it speaks of is there
-                        atomic.rename(holder / name / new, out / name / new)
+                new, here = holder / name / told, out / name / told
+                if new.exists() and os.path.lexists(here):
+                    report.not_taken += [] if _equal(here, new) else [f"{name}/{told}"]
+                elif new.exists():
+                    for other in new.parent.iterdir():
+                        if others and others.fullmatch(other.name):
+                            atomic.rename(other, out / name / other.name)
+                    atomic.rename(new, here)  # last: what it speaks of is there
+                    report.measured.append(f"{name}/{told}")
     for stored in sorted((holder / "plan").glob("*.json")):
         if not (out / "plan" / stored.name).exists():
             atomic.make_folder(out / "plan")

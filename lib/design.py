@@ -134,7 +134,7 @@ def _every_pair(history: list[dict]) -> set[frozenset]:
     """All pairs of arms in force that a contrast could be of."""
     found = set()
     for plan in (entry["plan"] for entry in in_force(history)):
-        steps = list(dict.fromkeys(arm.rsplit(" ", 1)[0] for arm in plan["arms"]))
+        steps = list(dict.fromkeys(arm.partition(" ")[0] for arm in plan["arms"]))
         steps = [step for step in steps if step != plan["baseline"]]
         found |= set(_pairs(plan | {"contrasts": " ".join(map(":".join, combinations(steps, 2)))}))
     return found
@@ -150,7 +150,7 @@ def _pairs(plan: dict) -> list[frozenset]:
     """The contrasts of a plan as pairs of arms with their configurations; which of the two is the reference plays no part."""
     arms: dict[str, dict[str, str]] = {}
     for name, identity in plan["arms"].items():
-        step, optimizer = name.rsplit(" ", 1)
+        step, _, optimizer = name.partition(" ")
         arms.setdefault(step, {})[optimizer] = identity
     found = []
     for step, other in (text.split(":") for text in plan.get("contrasts", "").split()):

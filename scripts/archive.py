@@ -39,7 +39,11 @@ def main(arguments: list[str] | None = None) -> None:
         return
     report = unpack(plan, path)
     for name in report.same:
-        print(f"kept {name}: it is here already, with the same bytes")
+        print(f"kept {name}: it is here already, with the same result")
+    for name in report.measured:
+        print(f"added {name}")
+    for name in report.not_taken:
+        print(f"left out {name}: another one is here")
     for name in report.replaced:
         print(f"replaced {name}: it was unfinished, and is in archive/ now")
     if report.other_plan:

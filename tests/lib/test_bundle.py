@@ -140,7 +140,8 @@ def test_scores_travel_with_their_items(machine, tmp_path):
         path.unlink()
     (here.out / V0 / "lm_eval.json").write_text("its own, and of no task")
     before = snapshot(here.out)
-    assert unpack(here, archive).same == [V0, V1]
+    report = unpack(here, archive)
+    assert (report.same, report.measured, report.not_taken) == ([V0, V1], [f"{V1}/lm_eval.json"], [f"{V0}/lm_eval.json"])
     after = snapshot(here.out)
     assert sorted(os.path.relpath(p, here.out) for p in after.keys() - before.keys()) == [
         f"{V1}/{name}" for name in ("lm_eval.json", "lm_eval_arc_easy.jsonl", "lm_eval_my-task.jsonl")]
@@ -719,8 +720,8 @@ def test_the_command_packs_and_unpacks(machine, tmp_path):
     assert done.stdout == (f"replaced {V1}: it was unfinished, and is in archive/ now\n"
                            f"2 cells of {tmp_path}/x.tar.gz added to {here.out}, 0 kept\n")
     done = run("scripts.archive", "unpack", FILE=tmp_path / "x.tar.gz")
-    assert done.stdout == (f"kept {V0}: it is here already, with the same bytes\n"
-                           f"kept {V1}: it is here already, with the same bytes\n"
+    assert done.stdout == (f"kept {V0}: it is here already, with the same result\n"
+                           f"kept {V1}: it is here already, with the same result\n"
                            f"0 cells of {tmp_path}/x.tar.gz added to {here.out}, 2 kept\n")
     planned = run("scripts.plan").stdout
     assert planned.count("its result is on disk") == 2 and "0 to run" in planned
