@@ -45,7 +45,6 @@ def content(plan: "Plan") -> dict:
         groups = group(plan.study, plan.found(cells), tuned)
         comparisons = compare(plan.study, groups, order, test, comparisons=0 if tuned else design.comparisons(history))
         classes = function_classes({one.step: one.cells[0][0].resolved.config for one in groups})
-        classes = function_classes({one.step: one.cells[0][0].resolved.config for one in groups})
         compared |= comparisons
         if tuned is None:
             contrasts = [_contrast(*found, test, curves, classes) for found in
