@@ -233,7 +233,7 @@ def test_cells_of_two_machines_make_one_study(tmp_path, quick):
 
 def test_killed_cells_resume_bit_for_bit(tmp_path):
     """kill -9 of the training process: the study goes on, says so, and the next make resumes from the checkpoint."""
-    symbols = {"ABLATION_STEPS": '"V3"', "GPT2_MAX_ITERS": 120, "CHECKPOINT_INTERVAL": 1}
+    symbols = {"ABLATION_STEPS": '"V3"', "GPT2_MAX_ITERS": 600, "CHECKPOINT_INTERVAL": 1}  # several seconds
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     straight, killed = Study(tmp_path / "a", **symbols), Study(tmp_path / "b", **symbols)

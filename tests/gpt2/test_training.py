@@ -360,7 +360,7 @@ def test_every_micro_batch_and_evaluation_batch_is_a_sign_of_life(configuration,
     shown = []
     monkeypatch.setattr(loop.process, "show_life", lambda: shown.append(None))
     run(configuration("V0", GPT2_MAX_ITERS=3, GPT2_GRADIENT_ACCUMULATION=4, GPT2_EVAL_SAMPLES=2), tmp_path)
-    assert len(shown) == 3 * 4 + 2
+    assert len(shown) == 3 * 4 + 2 + 2, "two evaluation batches, once for the loss and once for its parts of the context"
 
 
 def test_metric_names(configuration, tmp_path):

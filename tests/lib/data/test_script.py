@@ -17,6 +17,7 @@ def configured(monkeypatch):
     def put(cfg):
         module = ModuleType("lib.config")
         module.Study, module.announce = lambda: SimpleNamespace(config=cfg), lambda study: None
+        module.refuse_study = lambda: None
         monkeypatch.setitem(sys.modules, "lib.config", module)
     return put
 
