@@ -17,6 +17,7 @@ from lib import anytime, gates, stats
 from lib.design import ERROR_RATE, FEWEST_SEEDS
 
 DECIDED = ("BETTER", "WORSE", "NEGLIGIBLE", "EQUIVALENT", "INVALID")
+NO_NUMBER = ("INVALID", "INCOMPLETE")  # a difference under these words must not be read as an effect
 
 
 @dataclass

@@ -7,13 +7,13 @@ cell whose mechanism never acted within its budget is left out.
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 
 from lib import atomic, results
 from lib.errors import UserError, reported
 from lib.paths import shown
+from lib.report import kept
 
 
 def finished_cells(folder: Path | None) -> tuple[str, Path, list[dict]]:
@@ -32,18 +32,9 @@ def finished_cells(folder: Path | None) -> tuple[str, Path, list[dict]]:
 
 def read_decode(path: Path) -> dict:
     """What bench-decode kept."""
-    again = "make bench-decode FILE=name.json writes one."
-    try:
-        record = json.loads(path.read_text())
-        known = record["format"] == 1 and all({"step", "context", "batch", "error"} <= row.keys() for row in record["rows"])
-        measured = {"device", "torch"} <= record["environment"].keys() and {"batches", "baseline"} <= record.keys()
-    except FileNotFoundError:
-        raise UserError(f"there is no {shown(path)}.", again) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{shown(path)} cannot be read: {type(error).__name__}: {error}.", again) from None
-    if not (known and measured):
-        raise UserError(f"{shown(path)} is not of make bench-decode.", again)
-    return record
+    return kept.read(path, "make bench-decode", "make bench-decode FILE=name.json writes one.", lambda record: (
+        record["format"] == 1 and all({"step", "context", "batch", "error"} <= row.keys() for row in record["rows"])
+        and {"device", "torch"} <= record["environment"].keys() and {"batches", "baseline"} <= record.keys()))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -6,34 +6,25 @@ read.
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 
 from lib import atomic
 from lib.errors import UserError, reported
 from lib.paths import shown
+from lib.report import kept
 
 AGAIN = 'make ladder FROM="folder folder", each with a report.json of make report.'
 
 
 def read_report(folder: Path) -> dict:
     """The report.json of a folder; raises UserError where there is none that a ladder can use."""
-    path = folder / "report.json"
-    try:
-        content = json.loads(path.read_text())
-        whole = (content["format"] == 1 and {"metric", "sentence"} <= content["plan"].keys()
-                 and {"study", "baseline", "margin"} <= content.keys()
-                 and {"device", "torch", "source_hash"} <= content["environment"].keys()
-                 and {"train_hash", "eval_hash"} <= content["data"].keys()
-                 and all({"name", "is_baseline", "seeds_done", "configuration"} <= step.keys() for step in content["steps"]))
-    except FileNotFoundError:
-        raise UserError(f"there is no {shown(path)}.", AGAIN) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{shown(path)} cannot be read: {type(error).__name__}: {error}.", AGAIN) from None
-    if not whole:
-        raise UserError(f"{shown(path)} is not of make report.", AGAIN)
-    return content
+    return kept.read(folder / "report.json", "make report", AGAIN, lambda content: (
+        content["format"] == 1 and {"metric", "sentence"} <= content["plan"].keys()
+        and {"study", "baseline", "margin"} <= content.keys()
+        and {"device", "torch", "source_hash"} <= content["environment"].keys()
+        and {"train_hash", "eval_hash"} <= content["data"].keys()
+        and all({"name", "is_baseline", "seeds_done", "configuration"} <= step.keys() for step in content["steps"])))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -44,24 +35,22 @@ def main(arguments: list[str] | None = None) -> None:
                         help="where to write (default: make's OUT, or the first of the folders)")
     args = parser.parse_args(arguments)
     folders = args.folders or [Path(name) for name in os.environ.get("FROM", "").split()]
-    if len(folders) < 2:
-        raise UserError("a ladder needs the reports of two or more sizes.", AGAIN)
     reports = [(shown(folder), read_report(folder)) for folder in folders]
-    out = args.out or folders[0]
-    if not out.is_dir():
-        raise UserError(f"there is no folder {shown(out)}.", "create it first.")
     try:
         from lib.report import charts, ladder
 
         found = ladder.ladder(reports)
+        out = args.out or folders[0]
+        if not out.is_dir():
+            raise UserError(f"there is no folder {shown(out)}.", "create it first.")
         text, spec = ladder.markdown(found), ladder.chart(found)
         png, svg = charts.png(spec), charts.svg(spec)
+        atomic.write_json(out / "ladder.json", found)  # first, since it takes no infinity
     except ModuleNotFoundError as error:
         raise UserError(f"a ladder needs {error.name}, which is not installed.", f"pip install {error.name}.") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"these reports give no ladder: {type(error).__name__}: {error}.", AGAIN) from None
     atomic.write_text(out / "ladder.md", text)
-    atomic.write_text(out / "ladder.json", json.dumps(found, indent=1) + "\n")
     atomic.write_bytes(out / "ladder.png", png)
     atomic.write_text(out / "ladder.svg", svg)
     print(text + f"\nwritten to {shown(out / 'ladder.md')}, .json, .png, .svg")

@@ -13,13 +13,14 @@ is of one comparison, not of the family.
 
 from typing import Any
 
+from lib import stats
 from lib.design import FEWEST_SEEDS
 from lib.errors import UserError
 from lib.report import charts
 from lib.report.curves import number
 from lib.tables import count, plural, table
+from lib.verdicts import NO_NUMBER, shown_p, signed
 
-NO_NUMBER = ("INVALID", "INCOMPLETE")
 PANEL, HEIGHT = 300, 260  # of an arm, pixels
 SIZE_SYMBOLS = ("MODEL_", "GPT2_N_")  # what a size is set by
 UNPLANNED = ("The change of an arm's difference from the smallest to the largest size with seeds enough for a verdict is "
@@ -93,8 +94,6 @@ def _rung(step: dict) -> dict:
 
 
 def _change(at: list, small: int, large: int) -> dict:
-    from lib import stats
-
     one, two = (list(at[i]["by_seed"].values()) for i in (small, large))
     found = stats.welch(two, one)
     return {"from": small, "to": large, "difference": found.difference, "low": found.low, "high": found.high, "p": found.p,
@@ -103,8 +102,6 @@ def _change(at: list, small: int, large: int) -> dict:
 
 def _adjust(arms: list[dict]) -> None:
     """Holm's p over the arms of more than one report; one whose change is not known counts as well."""
-    from lib import stats
-
     family = [arm for arm in arms if arm["reports"] > 1]
     adjusted = stats.holm([arm["change"] and arm["change"]["p"] for arm in family])
     for arm, p in zip(family, adjusted, strict=True):
@@ -147,12 +144,12 @@ def _settings(configurations: list[dict]) -> list[str]:
 
 
 def _nats(rung: dict) -> tuple[str, str]:
-    interval = f"{rung['low']:+.4f} .. {rung['high']:+.4f}" if number(rung["low"]) and number(rung["high"]) else "-"
-    return f"{rung['difference']:+.4f}", interval
+    interval = f"{signed(rung['low'])} .. {signed(rung['high'])}" if number(rung["low"]) and number(rung["high"]) else "-"
+    return signed(rung["difference"]), interval
 
 
 def _p(value: float | None) -> str:
-    return "-" if value is None else "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+    return "-" if value is None else shown_p(value)
 
 
 def markdown(found: dict) -> str:
@@ -198,7 +195,7 @@ def chart(found: dict) -> dict:
             "title": {"text": f"Difference in {found['metric']} to {found['baseline']}, by size of the model",
                       "subtitle": notes, "frame": "bounds"},
             "description": "; ".join(f"{arm['name']}: " + ", ".join(
-                f"{r['difference']:+.4f} at {count(p)}" for r, p in zip(arm["at"], at, strict=True)
+                f"{signed(r['difference'])} at {count(p)}" for r, p in zip(arm["at"], at, strict=True)
                 if r and r["difference"] is not None)
                 for arm in found["arms"])}
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from statistics import fmean
 
 from lib.tables import table
-from lib.verdicts import signed
+from lib.verdicts import NO_NUMBER, signed
 
 KEY = "val_loss_by_position"
 CAPTION = ("Validation loss in equal parts of the context, from its begin to its end: the baseline's mean over seeds, and of "
@@ -40,7 +40,7 @@ def rows(steps: list[dict]) -> list[dict]:
 
 def _differences(step: dict) -> list[dict] | None:
     comparison = step.get("comparison") or {}
-    return None if comparison.get("word") in ("INVALID", "INCOMPLETE") else comparison.get("by_position")
+    return None if comparison.get("word") in NO_NUMBER else comparison.get("by_position")
 
 
 def header(found: list[dict]) -> list[str]:

@@ -53,6 +53,7 @@ def test_out_says_where(folders, tmp_path, monkeypatch):
 def test_bad_input_writes_nothing(folders, tmp_path, monkeypatch):
     monkeypatch.delenv("FROM", raising=False)
     one, path = str(folders[0]), folders[1] / "report.json"
+    larger = json.loads(path.read_text())
     assert refusal(tool.main, []) == refusal(tool.main, [one]) == (
         "a ladder needs the reports of two or more sizes.", tool.AGAIN)
     assert refusal(tool.main, [one, one])[0].endswith("are of one size, 445,952 parameters.")
@@ -63,11 +64,14 @@ def test_bad_input_writes_nothing(folders, tmp_path, monkeypatch):
     content = json.loads(TINY.read_text())
     path.write_text(json.dumps(content | {"format": 2}))
     assert refusal(tool.main, [one, str(folders[1])])[0] == f"{path} is not of make report."
+    larger["steps"][1]["comparison"]["low"] = float("-inf")
+    path.write_text(json.dumps(larger))
+    assert refusal(tool.main, [str(folders[1]), one])[0].startswith("these reports give no ladder: ")
     content["steps"][0]["mean"]["parameters"] = 99  # something is missing further in
     del content["steps"][0]["mean"]["tokens"]
     path.write_text(json.dumps(content))
     assert refusal(tool.main, [one, str(folders[1])])[0] == "these reports give no ladder: KeyError: 'tokens'."
-    assert not list((tmp_path / "in").glob("ladder*"))
+    assert not list(tmp_path.rglob("ladder*"))
 
 
 @pytest.mark.parametrize("fragment", ["10m", "30m"])
