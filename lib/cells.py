@@ -206,6 +206,12 @@ def contrasts(study: Study) -> tuple[list[tuple[str, str]], list[tuple[str, str]
     return there, [pair for pair in found if pair not in there]
 
 
+def left_out_contrasts(study: Study) -> list[str]:
+    """A sentence about the contrasts that the study cannot compare, if there are any."""
+    pairs = " ".join(map(":".join, contrasts(study)[1]))
+    return [f"no contrast {pairs}: one of the steps is not in the study, or is its baseline"] if pairs else []
+
+
 def other_seeds(study: Study, out: Path, seeds: list[int]) -> list[int]:
     """Seeds that have left cells in `out` and are not among `seeds`."""
     if not out.is_dir():

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib import design, failures, generations, process
-from lib.cells import Cell, Status, contrasts
+from lib.cells import Cell, Status, left_out_contrasts
 from lib.config import announce, refuse_study
 from lib.errors import UserError, reported
 from lib.paths import ROOT, shown
@@ -49,9 +49,7 @@ def warnings(plan: Plan) -> list[str]:
         for sentence in pkgutil.resolve_name(cell.resolved.config.WARNINGS)(cell.resolved.config):
             steps = said.setdefault(sentence, [])
             steps += [] if cell.step in steps else [cell.step]
-    left_out = " ".join(map(":".join, contrasts(plan.study)[1]))
-    return [f"{' '.join(steps)}: {sentence}" for sentence, steps in said.items()] + (
-        [f"no contrast {left_out}: one of the steps is not in the study, or is its baseline"] if left_out else [])
+    return [f"{' '.join(steps)}: {sentence}" for sentence, steps in said.items()] + left_out_contrasts(plan.study)
 
 
 def check_data(plan: Plan) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from lib import anytime, design, stats
 from lib.arms import Group, compare, contrasted, group, reference, refuse_copies
-from lib.cells import contrasts as contrasts_of
+from lib.cells import left_out_contrasts
 from lib.classes import FunctionClass, function_classes
 from lib.report import caches, compression, downstream, positions
 from lib.tables import plural
@@ -315,10 +315,7 @@ def _notes_on_contrasts(plan: "Plan", history: list[dict]) -> list[str]:
     if added := design.added_contrasts(history):
         found.append(f"contrasts that no plan had on record before the first result ({' '.join(added)}) may have been chosen "
                      f"by it, so contrasts are corrected for all {design.contrasts(history)} that there could be")
-    if left_out := contrasts_of(plan.study)[1]:
-        found.append(f"no contrast {' '.join(map(':'.join, left_out))}: one of the steps is not in the study, or is its "
-                     "baseline")
-    return found
+    return found + left_out_contrasts(plan.study)
 
 
 def _side_by_side(plan: "Plan") -> str | None:
