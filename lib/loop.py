@@ -120,8 +120,8 @@ def train(cfg: "Config", model: torch.nn.Module, optimizer: torch.optim.Optimize
 
     `identity` is the cell's (a checkpoint of another one, or of other data, is refused with UserError). `open_log(keep)`
     gives a MetricsLog with its first `keep` rows; `stop.asked` ends the run after the current step. `save_at_end`
-    writes a checkpoint at the end of the budget too, for a caller that has more to do. Raises Interrupted (after saving) and
-    Diverged, on every rank of `group` alike; only its first one saves.
+    writes a checkpoint at the end of the budget too, for a caller that has more to do, and leaves the loss by position to it.
+    Raises Interrupted (after saving) and Diverged, on every rank of `group` alike; only its first one saves.
     """
     device, seed = clock.device, cell_seed(cfg)
     micro_batch, parts = ranks.split(cfg, group.size)
@@ -179,7 +179,7 @@ def train(cfg: "Config", model: torch.nn.Module, optimizer: torch.optim.Optimize
         clock.switch("eval")
         require_finite(weights=last)
         progress.val_loss = evaluate(cfg, model, eval_set, device, group)
-        if last:
+        if last and not save_at_end:  # else the caller measures what it makes of the model
             progress.val_loss_by_position = evaluate_by_position(cfg, model, eval_set, device, group)
         if loss_count:
             progress.train_loss = loss_sum.item() / loss_count
