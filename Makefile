@@ -116,8 +116,8 @@ slurm slurm-status slurm-cancel: $(SETUP)
 	$(Q)$(PYTHON) -m scripts.slurm $(patsubst slurm-%,%,$(@:slurm=slurm-submit)) $(STEPS)
 
 .PHONY: pack unpack
-pack: ## put the study's finished cells, without weights, into one small archive (FILE=name.tar.gz)
-unpack: ## add the cells of such an archive (FILE=name.tar.gz) to the study; they then count as done
+pack: ## put the study's finished cells, without weights, into one small archive (FILE=name.tar.xz)
+unpack: ## add the cells of such an archive (FILE=name.tar.xz) to the study; they then count as done
 pack unpack: $(SETUP)
 	$(Q)$(PYTHON) -m scripts.archive $@
 

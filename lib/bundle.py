@@ -1,10 +1,10 @@
 """A study's finished cells as one small archive, so that cells which ran on several machines make one study.
 
-Contract: `pack` puts the record and the logs of every finished cell into a tar.gz, and the plans they ran by; never
-weights, checkpoints or locks. Equal cells give equal bytes. `unpack` takes an archive for what a stranger has sent: names
-of an exact pattern, regular files, bounded sizes, and all of it is judged before anything of the study is touched. A
-cell then appears whole, by a rename, and counts as done because its identity is that of the configured study's cell. What
-is finished here is never replaced; what is replaced goes to archive/.
+Contract: `pack` puts the record and the logs of every finished cell into a tar.xz, and the plans they ran by; never
+weights, checkpoints or locks. Equal cells give equal bytes. A name that ends in .gz asks for gzip, of about twice the size.
+`unpack` takes an archive for what a stranger has sent: names of an exact pattern, regular files, bounded sizes, and all of
+it is judged before anything of the study is touched. A cell then appears whole, by a rename, and counts as done because its
+identity is that of the configured study's cell. What is finished here is never replaced; what is replaced goes to archive/.
 
 What was measured of a cell's model afterwards (fisher.json; lm_eval.json with the items of its tasks) travels with it and is
 no part of its result: it does not make two results differ, and is added to a finished cell that has none.
@@ -13,6 +13,7 @@ no part of its result: it does not make two results differ, and is added to a fi
 import gzip
 import io
 import json
+import lzma
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lib import atomic, design, process, results, tuning
 from lib.archiving import archive
@@ -44,6 +45,8 @@ FILE_LIMIT = 64 * MIB
 TOTAL_LIMIT = 4096 * MIB  # of the archive, decompressed
 MEMBER_LIMIT = 200_000
 READ_LIMIT = MIB  # of one read: data comes in small pieces, and no honest header is as large
+WINDOW_LIMIT = 128 * MIB  # of xz's memory: presets need 65 MiB at most, and a header may ask for 4 GiB
+XZ = b"\xfd7zXZ\0"
 FOREIGN = "get an archive that make pack has written; nothing was unpacked."
 
 
@@ -139,17 +142,23 @@ def pack(out: Path, path: Path) -> Packed:
                         "move some of them to a results folder of their own and pack it with OUT=.")
     try:
         with atomic.replacing(path) as temporary:
-            _write(temporary, {p.relative_to(out).as_posix(): p for p in members})
+            _write(temporary, {p.relative_to(out).as_posix(): p for p in members}, path.suffix)
             made.size = temporary.stat().st_size
     except OSError as error:
         raise UserError(f"{shown(path)} cannot be written: {error.strerror or error}.",
-                        "make pack FILE=name.tar.gz where you may write.") from None
+                        "make pack FILE=name.tar.xz where you may write.") from None
     return made
 
 
-def _write(path: Path, members: dict[str, Path]) -> None:
+def _compressed(raw: IO[bytes], compression: str) -> IO[bytes]:
+    if compression == ".gz":
+        return gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0)  # type: ignore[return-value]
+    return lzma.LZMAFile(raw, "wb")  # type: ignore[return-value]
+
+
+def _write(path: Path, members: dict[str, Path], compression: str) -> None:
     """The archive, the same bytes for the same content: sorted, without times, owners or the name of the file itself."""
-    with (open(path, "wb") as raw, gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed,
+    with (open(path, "wb") as raw, _compressed(raw, compression) as packed,
           tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as tar):
         for name, source in sorted(members.items()):
             content = source.read_bytes()
@@ -199,6 +208,37 @@ def _writing(out: Path) -> Iterator[Any]:
                         "make room, or give another folder with OUT=; then make unpack again.") from None
 
 
+class _Unxz:
+    """The content of a .xz file, in bounded memory (LZMAFile takes what a header asks for) and with nothing behind it."""
+
+    def __init__(self, raw: IO[bytes]):
+        self.raw, self.stream = raw, lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=WINDOW_LIMIT)
+
+    def read(self, size: int) -> bytes:
+        found = bytearray()
+        while len(found) < size and not self.stream.eof:
+            taken = self.raw.read(READ_LIMIT) if self.stream.needs_input else b""
+            if self.stream.needs_input and not taken:
+                raise ValueError("it ends too early")
+            found += self.stream.decompress(taken, size - len(found))
+        if self.stream.eof and (self.stream.unused_data or self.raw.read(1)):
+            raise ValueError("something follows its end")
+        return bytes(found)
+
+
+@contextmanager
+def _content(path: Path) -> Iterator[Any]:
+    """What is compressed in a file, by how it begins, whatever its name."""
+    with open(path, "rb") as raw:
+        begin = raw.read(len(XZ))
+        raw.seek(0)
+        if begin == XZ:
+            yield _Unxz(raw)
+        else:
+            with gzip.GzipFile(fileobj=raw) as packed:
+                yield packed
+
+
 class _Forward:
     """What tarfile reads from: forward only, in small pieces, and not without end."""
 
@@ -237,7 +277,7 @@ def _members(path: Path) -> Iterator[Any]:
     """Yield (tar, member) for every member of the archive, each one refused that pack would not have written."""
     seen: set[str] = set()
     try:
-        with open(path, "rb") as raw, gzip.GzipFile(fileobj=raw) as packed:
+        with _content(path) as packed:
             stream = _Forward(packed)
             with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8") as tar:  # type: ignore[call-overload]  # read() only
                 for member in tar:
@@ -250,7 +290,7 @@ def _members(path: Path) -> Iterator[Any]:
             stream.finish()
     except UserError:
         raise
-    except Exception as error:  # gzip, zlib and tarfile raise a dozen types for damaged files
+    except Exception as error:  # gzip, zlib, lzma and tarfile raise a dozen types for damaged files
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{shown(path)} cannot be read: {reason}.",
                         "check the path, or copy the archive anew; nothing was unpacked.") from None

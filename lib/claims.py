@@ -32,7 +32,8 @@ HOLDS, FAILS, MEASURED, UNTESTED = "holds by proof", "does not hold", "measured"
 MEANINGS = {
     HOLDS: "a test of this repository shows that it is true",
     FAILS: "a test of this repository shows that it is false",
-    MEASURED: "a committed report compares the step with its baseline; the word is the report's verdict",  # of figures: WORDS
+    # of figures: WORDS
+    MEASURED: "a committed report compares the step with its baseline or with another; the word is the report's verdict",
     UNTESTED: "nothing here has tested it yet; the study or benchmark that will is named",
 }
 

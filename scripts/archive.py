@@ -23,13 +23,13 @@ def main(arguments: list[str] | None = None) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("pack", "unpack"))
     parser.add_argument("file", nargs="?", default=os.environ.get("FILE", ""),
-                        help="the archive (default: $FILE; to pack: STUDY.tar.gz in the project's root)")
+                        help="the archive (default: $FILE; to pack: STUDY.tar.xz in the project's root)")
     args = parser.parse_args(arguments)
     if args.action == "unpack" and not args.file:
-        raise UserError("no archive was given.", "make unpack FILE=name.tar.gz")
+        raise UserError("no archive was given.", "make unpack FILE=name.tar.xz")
     plan = Plan(options_from_environment())
     announce(plan.study)
-    path = ROOT / Path(args.file or f"{plan.out.name}.tar.gz").expanduser()
+    path = ROOT / Path(args.file or f"{plan.out.name}.tar.xz").expanduser()
     if args.action == "pack":
         made = pack(plan.out, path)
         for name, why in made.left_out.items():

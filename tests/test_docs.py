@@ -1,6 +1,7 @@
 """Every command of the README and of docs/ runs, or would: make goals exist, scripts take their arguments."""
 
 import html
+import json
 import os
 import re
 import shlex
@@ -201,10 +202,17 @@ def test_committed_results_are_small_and_of_few_forms():
     """Pages are drawn again from report.json, and cells come back from what make pack made; weights stay where they were."""
     files = [p for p in (ROOT / "docs/results").rglob("*") if p.is_file() and p.name != "report.html"]
     assert sum(p.stat().st_size for p in files) < 8e6
-    assert {p.suffix for p in files if p.name != "cells.tar.gz"} <= {".md", ".csv", ".json", ".png"}
+    assert {p.suffix for p in files if p.name != "cells.tar.xz"} <= {".md", ".csv", ".json", ".png"}
     tools = ("bench-", "compile-", "slurm", "start", "torture")  # whose tables are no study's
     for folder in {p.parent for p in files if not p.parent.name.startswith(tools)}:
         assert {"report.md", "report.csv", "report.json"} <= {p.name for p in folder.iterdir()}, folder
+
+
+def test_sources_that_the_page_of_results_names_are_those_that_ran():
+    named = re.findall(r"\b[0-9a-f]{16}\b", PAGES[ROOT / "docs/results.md"])
+    reports = (ROOT / "docs/results").glob("gpt2-*/report.json")
+    ran = {json.loads(path.read_text())["environment"]["source_hash"] for path in reports}
+    assert named and set(named) <= ran
 
 
 def block(page: str, kind: str, beginning: str) -> str:

@@ -219,7 +219,7 @@ def test_cells_of_two_machines_make_one_study(tmp_path, quick):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     one, other = (Study(tmp_path / name, tree=quick, SEEDS='"2"') for name in "ab")
-    archive = tmp_path / "other.tar.gz"
+    archive = tmp_path / "other.tar.xz"
     assert one.make("SEEDS=1337")[0] == 0 and other.make("SEEDS=1338", "JOBS=2")[0] == 0
     assert "INCOMPLETE" in (one.out / "report.md").read_text() and len(list(tmp_path.rglob("model.pt"))) == 4
     assert other.make("pack", f"FILE={archive}")[0] == 0 and archive.stat().st_size < 100_000

@@ -108,9 +108,9 @@ class Sources:
 
     def curves(self, folder: str) -> Iterator[tuple[dict, list[dict]]]:
         """(metrics.json, rows of metrics.jsonl) of every cell that was packed with the results, in the order of names."""
-        path = self.folder(folder) / "cells.tar.gz"
+        path = self.folder(folder) / "cells.tar.xz"
         if not path.exists():
-            raise Waits(f"docs/results/{folder}/cells.tar.gz")
+            raise Waits(f"docs/results/{folder}/cells.tar.xz")
         with tarfile.open(path) as archive:
             texts = {member.name: file.read().decode() for member in archive.getmembers()
                      if member.name.endswith(("metrics.json", "metrics.jsonl")) and (file := archive.extractfile(member))}

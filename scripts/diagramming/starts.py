@@ -13,7 +13,8 @@ from scripts.diagramming.canvas import ON_PAPER, PAPER, REC, SOFT, STD, panels, 
 from scripts.diagramming.sources import Sources, Waits
 
 STUDY = "gpt2-ra-geometric-ablation"
-TRAINED = "gpt2-ra-tied-ablation+local+brief"
+ATTENTION_ALONE = "gpt2-ra-tied-ablation"  # whose arms have gates in attention and nothing else beside them
+TRAINED = "gpt2-ra-parts-ablation+local+brief"
 GATES = ("w_std", "w_rec")
 
 
@@ -63,10 +64,11 @@ def geometric_init(sources: Sources) -> Figure:
 
 
 def gate_evolution(sources: Sources) -> Figure:
-    """Gates by layer over training, the mean over seeds, of every step that logged them."""
+    """Gates by layer over training, the mean over seeds, of the steps that logged them and have no other mechanism."""
+    alone = set(sources.steps(ATTENTION_ALONE))
     series: dict[str, dict[tuple[str, int], list]] = defaultdict(lambda: defaultdict(list))
     seeds = set()
-    for record, rows in sources.curves(TRAINED):
+    for record, rows in ((record, rows) for record, rows in sources.curves(TRAINED) if record["step"] in alone):
         for key in rows[-1]:
             name, _, layer = key.partition("/layer")
             if name.startswith("unified_ra_w_") and layer.isdigit():
@@ -74,7 +76,7 @@ def gate_evolution(sources: Sources) -> Figure:
                 series[record["step"]][name.removeprefix("unified_ra_"), int(layer)].append(points)
                 seeds.add(record["seed"])
     if not series:
-        raise Waits(f"gate statistics in docs/results/{TRAINED}/cells.tar.gz")
+        raise Waits(f"gate statistics in docs/results/{TRAINED}/cells.tar.xz")
     figure, axes = panels("Gates during training", f"Per layer, mean over heads and {len(seeds)} seeds; 124M, as "
                           "committed in docs/results. Dashed: the start.", 5.4, columns=2, rows=len(series), left=0.72,
                           right=0.2, bottom=0.62, space=(0.22, 0.42), top=0.55)

@@ -258,10 +258,10 @@ def packed(arena: Arena, reference: Reference) -> str:
     """An archive, and the cells that are taken out of one."""
     matrix = matrix_of(reference)
     with Trapped(arena, "packed", **matrix) as tried, Trapped(arena, "unpacked", **matrix) as other:
-        study, target, archive = tried.study, other.study, tried.study.folder / "cells.tar.gz"
+        study, target, archive = tried.study, other.study, tried.study.folder / "cells.tar.xz"
         shutil.copytree(reference.study.out, study.out)
         archive.write_bytes(b"an older archive")
-        tried.strike("cells.tar.gz", lambda: study.make("pack", f"FILE={archive}"))
+        tried.strike("cells.tar.xz", lambda: study.make("pack", f"FILE={archive}"))
         tried.undisturbed(lambda: study.make("pack", f"FILE={archive}"))
         target.out.mkdir()
         for event, file in (("os.mkdir", "out/.unpack-*"), ("open", "out/.unpack-*/test_*/metrics.json"),

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import re
 import subprocess
@@ -80,12 +81,12 @@ def contents(out):
 def test_a_round_trip_brings_the_same_bytes_and_the_cells_count_as_done(machine, tmp_path):
     there = machine("a", seeds="1337 7")
     finished(there)
-    made = pack(there.out, tmp_path / "x.tar.gz")
+    made = pack(there.out, tmp_path / "x.tar.xz")
     assert sorted(made.cells) == sorted([V0, V1, f"{V0}_s7", f"{V1}_s7"]) and made.left_out == {}
-    assert made.size == (tmp_path / "x.tar.gz").stat().st_size
+    assert made.size == (tmp_path / "x.tar.xz").stat().st_size
 
     here = machine("b/deep/er", seeds="1337 7")
-    report = unpack(here, tmp_path / "x.tar.gz")
+    report = unpack(here, tmp_path / "x.tar.xz")
     assert (report.added, report.replaced, report.same) == (sorted(made.cells), [], [])
     expected = {k: v for k, v in contents(there.out).items() if os.path.basename(k) in FILES}
     assert contents(here.out) == expected and len(expected) == 4 * 6
@@ -93,12 +94,12 @@ def test_a_round_trip_brings_the_same_bytes_and_the_cells_count_as_done(machine,
     assert not [p for p in tmp_path.rglob(".unpack-*")]
 
     before = snapshot(tmp_path)
-    report = unpack(here, tmp_path / "x.tar.gz")
+    report = unpack(here, tmp_path / "x.tar.xz")
     assert (report.added, report.replaced, report.same) == ([], [], sorted(made.cells)) and snapshot(tmp_path) == before
 
 
 def test_what_was_measured_afterwards_travels_and_is_no_part_of_the_result(machine, tmp_path):
-    there, archive = machine("a"), tmp_path / "x.tar.gz"
+    there, archive = machine("a"), tmp_path / "x.tar.xz"
     finished(there)
     for name in (V0, V1):
         (there.out / name / "fisher.json").unlink()
@@ -122,7 +123,7 @@ def test_what_was_measured_afterwards_travels_and_is_no_part_of_the_result(machi
 
 
 def test_scores_travel_with_their_items(machine, tmp_path):
-    there, archive = machine("a"), tmp_path / "x.tar.gz"
+    there, archive = machine("a"), tmp_path / "x.tar.xz"
     finished(there)
     for cell in (V0, V1):
         for name in ("lm_eval.json", "lm_eval_arc_easy.jsonl", "lm_eval_my-task.jsonl"):
@@ -155,11 +156,11 @@ def test_plans_travel_and_those_that_are_there_stay(machine, tmp_path):
     design.write(there.out, design.following([], design.content("V0", {"V0": "x", "V1": "y"}, [1337], 0.01, "fixed"), 0))
     plans = {p.name: p.read_bytes() for p in (there.out / "plan").glob("*.json")}
     assert len(plans) == 3
-    made = pack(there.out, tmp_path / "x.tar.gz")
+    made = pack(there.out, tmp_path / "x.tar.xz")
     here = machine("b")
     (here.out / "plan").mkdir(parents=True)
     (here.out / "plan/design.json").write_text("[]")
-    unpack(here, tmp_path / "x.tar.gz")
+    unpack(here, tmp_path / "x.tar.xz")
     assert {p.name: p.read_bytes() for p in (here.out / "plan").glob("*.json")} == plans | {"design.json": b"[]"}
     assert made.left_out == {}
 
@@ -172,9 +173,9 @@ def test_cells_that_ran_by_another_plan_are_said(machine, tmp_path, seeds, warne
     there = machine("b", seeds=seeds)
     there.write()
     finished(there, *(cell for cell in there.cells if cell.seed == 1338))
-    pack(there.out, tmp_path / "x.tar.gz")
+    pack(there.out, tmp_path / "x.tar.xz")
     here = machine("a", seeds="1337 1338")
-    found = unpack(here, tmp_path / "x.tar.gz")
+    found = unpack(here, tmp_path / "x.tar.xz")
     assert found.other_plan == (there.history[-1]["hash"] if warned else None) and len(found.added) == 2
 
 
@@ -186,32 +187,35 @@ def test_the_archive_holds_records_and_logs_and_nothing_else(machine, tmp_path):
     (there.out / "archive" / f"{V0}.1" / "metrics.json").write_text("{}")
     (there.out / "report.md").write_text("a report")
     (there.out / "plan/secret.txt").write_text("no plan")
-    pack(there.out, tmp_path / "x.tar.gz")
-    with tarfile.open(tmp_path / "x.tar.gz") as tar:
+    pack(there.out, tmp_path / "x.tar.xz")
+    with tarfile.open(tmp_path / "x.tar.xz") as tar:
         members = tar.getmembers()
     assert [m.name for m in members] == sorted(f"{cell}/{name}" for cell in (V0, V1) for name in FILES)
     assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode, m.type) for m in members} == {
         (0, 0, 0, "", "", 0o644, tarfile.REGTYPE)}
 
 
-def test_equal_cells_give_equal_bytes_whatever_the_clock_the_name_and_the_order(machine, tmp_path):
+@pytest.mark.parametrize("ending", ["xz", "gz"])
+def test_equal_cells_give_equal_bytes_whatever_the_clock_the_name_and_the_order(machine, tmp_path, ending):
     there = machine("a", seeds="1337 1338")
     finished(there)
-    pack(there.out, tmp_path / "x.tar.gz")
+    pack(there.out, tmp_path / f"x.tar.{ending}")
     for path in there.out.rglob("*"):
         os.utime(path, (5, 5))
         if path.is_file():
             os.chmod(path, 0o600)
-    pack(there.out, tmp_path / "another name.tar.gz")
+    pack(there.out, tmp_path / f"another name.tar.{ending}")
     again = machine("b", seeds="1338 1337")
     for cell in reversed(there.cells):
         prepare(again.out / cell.name, cell)  # the same cells; their .config still names the folder a
         finished(again, cell)
     for cell in there.cells:
         (again.out / cell.name / ".config").write_bytes((there.out / cell.name / ".config").read_bytes())
-    pack(again.out, tmp_path / "y.tar.gz")
-    assert (tmp_path / "x.tar.gz").read_bytes() == (tmp_path / "another name.tar.gz").read_bytes() == \
-        (tmp_path / "y.tar.gz").read_bytes()
+    pack(again.out, tmp_path / f"y.tar.{ending}")
+    assert (tmp_path / f"x.tar.{ending}").read_bytes() == (tmp_path / f"another name.tar.{ending}").read_bytes() == \
+        (tmp_path / f"y.tar.{ending}").read_bytes()
+    assert (tmp_path / f"x.tar.{ending}").read_bytes().startswith({"xz": b"\xfd7zXZ", "gz": b"\x1f\x8b"}[ending])
+    assert unpack(machine("c", seeds="1337 1338"), tmp_path / f"x.tar.{ending}").added == sorted(c.name for c in there.cells)
 
 
 def test_what_is_left_out_is_said_with_the_reason(machine, tmp_path, monkeypatch):
@@ -234,7 +238,7 @@ def test_what_is_left_out_is_said_with_the_reason(machine, tmp_path, monkeypatch
     (there.out / "plan").mkdir()
     for name in ("0123456789abcdef.json", "design.json", "other.json"):
         (there.out / "plan" / name).write_text("{}")
-    made = pack(there.out, tmp_path / "x.tar.gz")
+    made = pack(there.out, tmp_path / "x.tar.xz")
     assert made.cells == [v0.name, v1.name]
     reasons = dict(made.left_out)
     assert reasons.pop(v4.name).startswith("its metrics.json cannot be read: Expecting property name")
@@ -250,21 +254,21 @@ def test_what_is_left_out_is_said_with_the_reason(machine, tmp_path, monkeypatch
 def test_there_must_be_something_to_pack_and_a_place_to_write(machine, tmp_path):
     there = machine("a")
     nothing = (f"{there.out} holds no finished cell.", "make, then make pack.")
-    assert refusal(pack, there.out, tmp_path / "x.tar.gz") == nothing
+    assert refusal(pack, there.out, tmp_path / "x.tar.xz") == nothing
     finish(there.out, *there.cells, state="failed", reason="it broke")
-    assert refusal(pack, there.out, tmp_path / "x.tar.gz") == nothing and not (tmp_path / "x.tar.gz").exists()
+    assert refusal(pack, there.out, tmp_path / "x.tar.xz") == nothing and not (tmp_path / "x.tar.xz").exists()
     there = machine("b")
     finished(there)
-    assert refusal(pack, there.out, tmp_path / "nowhere/x.tar.gz") == (
-        f"{tmp_path}/nowhere/x.tar.gz cannot be written: No such file or directory.",
-        "make pack FILE=name.tar.gz where you may write.")
+    assert refusal(pack, there.out, tmp_path / "nowhere/x.tar.xz") == (
+        f"{tmp_path}/nowhere/x.tar.xz cannot be written: No such file or directory.",
+        "make pack FILE=name.tar.xz where you may write.")
 
 
 def test_more_than_an_archive_may_hold_is_refused_where_it_is_packed(machine, tmp_path, monkeypatch):
     there = machine("a")
     finished(there)
     monkeypatch.setattr(bundle, "TOTAL_LIMIT", 10_000)
-    assert refusal(pack, there.out, tmp_path / "x.tar.gz") == (
+    assert refusal(pack, there.out, tmp_path / "x.tar.xz") == (
         f"the cells of {there.out} are more than an archive may hold (0 MiB).",
         "move some of them to a results folder of their own and pack it with OUT=.")
 
@@ -272,14 +276,14 @@ def test_more_than_an_archive_may_hold_is_refused_where_it_is_packed(machine, tm
 def test_a_failed_pack_leaves_the_old_archive(machine, tmp_path, monkeypatch):
     there = machine("a")
     finished(there)
-    (tmp_path / "x.tar.gz").write_text("the old one")
+    (tmp_path / "x.tar.xz").write_text("the old one")
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tarfile.TarFile, "addfile", full)
-    path = tmp_path / "x.tar.gz"
+    path = tmp_path / "x.tar.xz"
     assert refusal(pack, there.out, path)[0] == f"{path} cannot be written: No space left on device."
-    assert [p.name for p in tmp_path.glob("*x.tar.gz*")] == ["x.tar.gz"] and path.read_text() == "the old one"
+    assert [p.name for p in tmp_path.glob("*x.tar.xz*")] == ["x.tar.xz"] and path.read_text() == "the old one"
 
 
 # One study from several machines
@@ -288,10 +292,10 @@ def test_cells_of_two_machines_make_one_study(machine, tmp_path):
     for name, seeds in (("a", "1337"), ("b", "1338 7"), ("c", "1339")):
         plan = machine(name, seeds=seeds)
         finished(plan, val_loss=3.0 + len(seeds))
-        pack(plan.out, tmp_path / f"{name}.tar.gz")
+        pack(plan.out, tmp_path / f"{name}.tar.xz")
     here = machine("home", seeds="1337 1338 1339")
     for name in "abc":
-        unpack(here, tmp_path / f"{name}.tar.gz")
+        unpack(here, tmp_path / f"{name}.tar.xz")
     assert len(states(here)) == 6 and set(states(here).values()) == {DONE}
     assert (here.out / f"{V0}_s7/metrics.json").exists(), "a seed that this study has not asked for is welcome"
     grown = machine("home", seeds="1337 7")
@@ -301,9 +305,9 @@ def test_cells_of_two_machines_make_one_study(machine, tmp_path):
 def test_a_cell_of_a_study_of_another_name_is_taken_if_it_is_the_same_cell(machine, tmp_path):
     there = machine("a", 'MARGIN="0.5"', study="elsewhere")
     finished(there)
-    pack(there.out, tmp_path / "x.tar.gz")
+    pack(there.out, tmp_path / "x.tar.xz")
     here = machine("b", steps="V1 V0 V2")
-    unpack(here, tmp_path / "x.tar.gz")
+    unpack(here, tmp_path / "x.tar.xz")
     assert states(here) == {V0: DONE, V1: DONE, "test_V2_adamwspam_none": ("planned", "never ran")}
 
 
@@ -315,12 +319,12 @@ def test_control_steps_and_a_learning_rate_sweep_travel_too(machine, tmp_path):
         finished(there, cell, val_loss=3.0 + number)
     tuned = expand(there.study, [7], [*sweep.steps.values()])
     finished(there, *tuned)
-    made = pack(there.out, tmp_path / "x.tar.gz")
+    made = pack(there.out, tmp_path / "x.tar.xz")
     assert len(made.cells) == 3 + 4 + 4 and made.left_out == {}
     here = machine("b", 'CONTROL_STEPS="A0"', 'TUNE_LR="0.5 1"', steps="V0 V1")
-    assert len(unpack(here, tmp_path / "x.tar.gz").added) == 11
+    assert len(unpack(here, tmp_path / "x.tar.xz").added) == 11
     without = machine("c", 'TUNE_LR=""', steps="V0 V1")
-    what, _ = refusal(unpack, without, tmp_path / "x.tar.gz")
+    what, _ = refusal(unpack, without, tmp_path / "x.tar.xz")
     assert what.endswith("which is no cell of study a study: it has no such step, optimizer or base seed.")
 
 
@@ -328,7 +332,7 @@ def test_control_steps_and_a_learning_rate_sweep_travel_too(machine, tmp_path):
 def test_an_unfinished_cell_is_replaced_and_archived(machine, tmp_path, left):
     there = machine("a")
     finished(there)
-    pack(there.out, tmp_path / "x.tar.gz")
+    pack(there.out, tmp_path / "x.tar.xz")
     here = machine("b")
     (here.out / V1).mkdir(parents=True)
     (here.out / V1 / "training.log").write_text("half\n")
@@ -340,7 +344,7 @@ def test_an_unfinished_cell_is_replaced_and_archived(machine, tmp_path, left):
     if left == "unreadable":
         (here.out / V1 / "metrics.json").write_text("{")
     old = contents(here.out / V1)
-    report = unpack(here, tmp_path / "x.tar.gz")
+    report = unpack(here, tmp_path / "x.tar.xz")
     assert (report.added, report.replaced) == ([V0], [V1]) and set(states(here).values()) == {DONE}
     archived = contents(here.out / "archive" / f"{V1}.1")
     archived.pop(".lock")
@@ -350,7 +354,7 @@ def test_an_unfinished_cell_is_replaced_and_archived(machine, tmp_path, left):
 def test_a_cell_that_is_running_is_not_replaced(machine, tmp_path):
     there = machine("a")
     finished(there)
-    pack(there.out, tmp_path / "x.tar.gz")
+    pack(there.out, tmp_path / "x.tar.xz")
     here = machine("b")
     (here.out / V1).mkdir(parents=True)
     code = f"from filelock import FileLock\nwith FileLock({str(here.out / V1 / '.lock')!r}): print('held', flush=True), input()"
@@ -358,22 +362,22 @@ def test_a_cell_that_is_running_is_not_replaced(machine, tmp_path):
     try:
         assert holder.stdout.readline() == "held\n"
         before = snapshot(tmp_path)
-        assert refusal(unpack, here, tmp_path / "x.tar.gz") == (
+        assert refusal(unpack, here, tmp_path / "x.tar.xz") == (
             f"{here.out / V1} is being run.", "wait for it or stop it, then make unpack again; nothing was unpacked.")
         assert snapshot(tmp_path) == before
     finally:
         holder.communicate("\n", timeout=30)
-    assert unpack(here, tmp_path / "x.tar.gz").replaced == [V1], "the lock is gone with its holder"
+    assert unpack(here, tmp_path / "x.tar.xz").replaced == [V1], "the lock is gone with its holder"
 
 
 def test_a_cell_that_finishes_meanwhile_is_not_replaced(machine, tmp_path, monkeypatch):
     there = machine("a")
     finished(there)
-    pack(there.out, tmp_path / "x.tar.gz")
+    pack(there.out, tmp_path / "x.tar.xz")
     here = machine("b")
     (here.out / V1).mkdir(parents=True)
     monkeypatch.setattr(os, "sync", lambda: finish(here.out, here.cells[1], val_loss=2.5))
-    assert refusal(unpack, here, tmp_path / "x.tar.gz")[0] == f"{here.out / V1} already holds another result."
+    assert refusal(unpack, here, tmp_path / "x.tar.xz")[0] == f"{here.out / V1} already holds another result."
     assert results.read(here.out / V1)["val_loss"] == 2.5 and not (here.out / V0).exists()
 
 
@@ -381,11 +385,11 @@ def test_a_cell_that_finishes_meanwhile_is_not_replaced(machine, tmp_path, monke
 def test_another_finished_result_is_refused_and_nothing_is_written(machine, tmp_path, state, reason):
     there = machine("a")
     finished(there)
-    pack(there.out, tmp_path / "x.tar.gz")
+    pack(there.out, tmp_path / "x.tar.xz")
     here = machine("b")
     finish(here.out, here.cells[1], state=state, reason=reason, **({"val_loss": 2.99} if state == "done" else {}))
     before = snapshot(tmp_path)
-    assert refusal(unpack, here, tmp_path / "x.tar.gz") == (
+    assert refusal(unpack, here, tmp_path / "x.tar.xz") == (
         f"{here.out / V1} already holds another result.",
         "move that folder away if the archive's is to take its place; nothing was unpacked.")
     assert snapshot(tmp_path) == before and not (here.out / V0).exists()
@@ -405,15 +409,15 @@ def test_another_finished_result_is_refused_and_nothing_is_written(machine, tmp_
 def test_a_cell_that_is_not_of_the_study_is_refused_by_name(machine, tmp_path, dotconfig, configured, why):
     there = machine("a")
     finished(there)
-    pack(there.out, tmp_path / "x.tar.gz")
+    pack(there.out, tmp_path / "x.tar.xz")
     options = {k: configured.pop(k) for k in ("steps", "seeds") if k in configured}
     lines = dict(line.split("=", 1) for line in TINY) | {k: str(v) for k, v in configured.items()}
     dotconfig(*(f"{k}={v}" for k, v in lines.items()), f'ABLATION_STEPS="{options.get("steps", "V0 V1")}"',
               f'SEEDS="{options.get("seeds", "1337")}"', f'OUTPUT_DIR="{tmp_path / "b"}"', 'STUDY="a study"')
     here = Plan(Options())
     before = snapshot(tmp_path)
-    assert refusal(unpack, here, tmp_path / "x.tar.gz") == (
-        f"{tmp_path}/x.tar.gz holds {why}",
+    assert refusal(unpack, here, tmp_path / "x.tar.xz") == (
+        f"{tmp_path}/x.tar.xz holds {why}",
         "configure the study it was packed from, then make unpack again; nothing was unpacked.")
     assert snapshot(tmp_path) == before and not here.out.exists()
 
@@ -421,18 +425,18 @@ def test_a_cell_that_is_not_of_the_study_is_refused_by_name(machine, tmp_path, d
 def test_a_seed_up_to_a_hundred_is_a_seed_and_no_count(machine, tmp_path):
     there = machine("a", seeds="3 5000")
     finished(there, *[c for c in there.cells if c.seed == 3])
-    pack(there.out, tmp_path / "x.tar.gz")
+    pack(there.out, tmp_path / "x.tar.xz")
     here = machine("b")
-    assert unpack(here, tmp_path / "x.tar.gz").added == [f"{V0}_s3", f"{V1}_s3"]
+    assert unpack(here, tmp_path / "x.tar.xz").added == [f"{V0}_s3", f"{V1}_s3"]
 
 
 def test_a_folder_whose_name_stands_for_another_cell_is_refused(machine, tmp_path):
     there = machine("a")
     v0, v1 = there.cells
     finished(there, Cell("V0", "adamwspam", 1337, V1, v0.resolved))
-    pack(there.out, tmp_path / "x.tar.gz")
-    assert refusal(unpack, machine("b"), tmp_path / "x.tar.gz")[0] == (
-        f"{tmp_path}/x.tar.gz holds {V1}, which is no cell of study a study: it is V0 adamwspam seed 1337, and the folder's "
+    pack(there.out, tmp_path / "x.tar.xz")
+    assert refusal(unpack, machine("b"), tmp_path / "x.tar.xz")[0] == (
+        f"{tmp_path}/x.tar.xz holds {V1}, which is no cell of study a study: it is V0 adamwspam seed 1337, and the folder's "
         "name stands for V1 adamwspam seed 1337.")
 
 
@@ -472,23 +476,31 @@ def honest_members(honest, **other):
     return [member(name, other.get(name.rpartition("/")[2], content)) for name, content in sorted(honest.files.items())]
 
 
+FORMATS = {"xz": lambda content: lzma.compress(content, preset=0), "gz": lambda content: gzip.compress(content, 1, mtime=0)}
+
+
 def refused(honest, monkeypatch, content, compress=True):
-    """Offer these bytes to the study; returns the refusal, and proves that nothing was written anywhere."""
+    """Offer these bytes to the study, in both formats; returns the refusal, and proves that nothing was written anywhere."""
+    if compress:
+        found = {refused(honest, monkeypatch, packed(content), compress=False) for packed in FORMATS.values()}
+        assert len(found) == 1, "whatever it was compressed with"
+        return found.pop()
     monkeypatch.setenv("KCONFIG_CONFIG", str(honest.config))
-    path = honest.folder / "offered.tar.gz"
-    path.write_bytes(gzip.compress(content, 1, mtime=0) if compress else content)
+    path = honest.folder / "offered.tar.xz"
+    path.write_bytes(content)
     plan, before = Plan(Options()), snapshot(honest.folder)
     found = refusal(unpack, plan, path)
     assert snapshot(honest.folder) == before and not honest.out.exists()
-    assert sorted(p.name for p in honest.folder.iterdir()) == ["dot.config", "made", "offered.tar.gz"]
+    assert sorted(p.name for p in honest.folder.iterdir()) == ["dot.config", "made", "offered.tar.xz"]
     return found[0].replace(str(path), "X"), found[1]
 
 
-def test_the_honest_members_are_taken(honest, monkeypatch, tmp_path):
+@pytest.mark.parametrize("packed", FORMATS.values(), ids=FORMATS)
+def test_the_honest_members_are_taken(honest, monkeypatch, tmp_path, packed):
     """Or the refusals below would prove nothing."""
     monkeypatch.setenv("KCONFIG_CONFIG", str(honest.config))
-    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(tar_bytes(*honest_members(honest))))
-    assert unpack(Plan(Options(out=str(tmp_path / "out"))), tmp_path / "x.tar.gz").added == [V0]
+    (tmp_path / "x.tar.xz").write_bytes(packed(tar_bytes(*honest_members(honest))))
+    assert unpack(Plan(Options(out=str(tmp_path / "out"))), tmp_path / "x.tar.xz").added == [V0]
 
 
 @pytest.mark.parametrize("bad, said", [
@@ -558,8 +570,10 @@ def test_a_huge_header_is_not_read_into_memory(honest, monkeypatch, kind, size):
     assert what == f"X cannot be read: a header of {size} bytes." and run == DAMAGED
 
 
-def test_ten_thousand_nested_headers_end_in_a_sentence(honest, monkeypatch):
-    what, run = refused(honest, monkeypatch, long_header(tarfile.GNUTYPE_LONGNAME, 512, b"x" * 512) * 10_000)
+@pytest.mark.parametrize("packed", FORMATS.values(), ids=FORMATS)
+def test_ten_thousand_nested_headers_end_in_a_sentence(honest, monkeypatch, packed):
+    content = packed(long_header(tarfile.GNUTYPE_LONGNAME, 512, b"x" * 512) * 10_000)
+    what, run = refused(honest, monkeypatch, content, compress=False)
     assert what.startswith("X cannot be read: ") and run == DAMAGED
 
 
@@ -585,10 +599,11 @@ def test_too_many_files_are_refused(honest, monkeypatch):
         "X cannot be read: it holds more than 2 files.", DAMAGED)
 
 
-def test_an_archive_that_is_cut_anywhere_is_refused(honest, monkeypatch):
+@pytest.mark.parametrize("packed", FORMATS.values(), ids=FORMATS)
+def test_an_archive_that_is_cut_anywhere_is_refused(honest, monkeypatch, packed):
     """In its compressed form, and before it was compressed: tarfile itself takes the latter for whole."""
     whole = tar_bytes(*honest_members(honest))
-    compressed = gzip.compress(whole, mtime=0)
+    compressed = packed(whole)
     for cut in (0, 1, 9, 10, 20, len(compressed) // 2, len(compressed) - 8, len(compressed) - 1):
         what, run = refused(honest, monkeypatch, compressed[:cut], compress=False)
         assert what.startswith("X cannot be read: ") and run == DAMAGED, cut
@@ -612,10 +627,20 @@ def test_damage_inside_and_after_the_end(honest, monkeypatch):
     flipped = bytearray(gzip.compress(whole, 0, mtime=0))
     flipped[-2000] ^= 1  # stored, not compressed: only the checksum can tell
     assert refused(honest, monkeypatch, bytes(flipped), compress=False)[0].startswith("X cannot be read: CRC check failed")
+    flipped = bytearray(lzma.compress(whole, filters=[{"id": lzma.FILTER_LZMA2, "preset": 0}]))
+    flipped[len(flipped) // 2] ^= 1
+    assert refused(honest, monkeypatch, bytes(flipped), compress=False)[0].startswith("X cannot be read: ")
     assert refused(honest, monkeypatch, whole + b"more")[0] == "X cannot be read: something follows its end."
+    assert refused(honest, monkeypatch, lzma.compress(whole) + b"more", compress=False)[0] == (
+        "X cannot be read: something follows its end."), "lzma itself takes no notice"
     broken = bytearray(whole)
     broken[512 * (whole.index(f"{V0}/provenance.json".encode()) // 512) + 3] ^= 1  # a header's checksum
     assert refused(honest, monkeypatch, bytes(broken))[0] == "X cannot be read: it has no end."
+
+
+def test_xz_may_not_ask_for_more_memory_than_any_preset_needs(honest, monkeypatch):
+    asking = lzma.compress(tar_bytes(*honest_members(honest)), filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 2 ** 28}])
+    assert refused(honest, monkeypatch, asking, compress=False) == ("X cannot be read: Memory usage limit exceeded.", DAMAGED)
 
 
 @pytest.mark.parametrize("missing", bundle.NEEDED)
@@ -708,21 +733,21 @@ def test_the_command_packs_and_unpacks(machine, tmp_path):
     there = machine("a", steps="V0 V1 V2")
     finished(there, *there.cells[:2])
     (there.out / there.cells[2].name).mkdir()
-    done = run("scripts.archive", "pack", FILE=tmp_path / "x.tar.gz")
-    size = (tmp_path / "x.tar.gz").stat().st_size / 1000
+    done = run("scripts.archive", "pack", FILE=tmp_path / "x.tar.xz")
+    size = (tmp_path / "x.tar.xz").stat().st_size / 1000
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == (f"left out test_V2_adamwspam_none: it has no result\n2 cells of {there.out} in {tmp_path}/x.tar.gz, "
+    assert done.stdout == (f"left out test_V2_adamwspam_none: it has no result\n2 cells of {there.out} in {tmp_path}/x.tar.xz, "
                            f"without weights: {size:.1f} kB\n")
     here = machine("b")
     (here.out / V1).mkdir(parents=True)
-    done = run("scripts.archive", "unpack", tmp_path / "x.tar.gz")
+    done = run("scripts.archive", "unpack", tmp_path / "x.tar.xz")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (f"replaced {V1}: it was unfinished, and is in archive/ now\n"
-                           f"2 cells of {tmp_path}/x.tar.gz added to {here.out}, 0 kept\n")
-    done = run("scripts.archive", "unpack", FILE=tmp_path / "x.tar.gz")
+                           f"2 cells of {tmp_path}/x.tar.xz added to {here.out}, 0 kept\n")
+    done = run("scripts.archive", "unpack", FILE=tmp_path / "x.tar.xz")
     assert done.stdout == (f"kept {V0}: it is here already, with the same result\n"
                            f"kept {V1}: it is here already, with the same result\n"
-                           f"0 cells of {tmp_path}/x.tar.gz added to {here.out}, 2 kept\n")
+                           f"0 cells of {tmp_path}/x.tar.xz added to {here.out}, 2 kept\n")
     planned = run("scripts.plan").stdout
     assert planned.count("its result is on disk") == 2 and "0 to run" in planned
 
@@ -734,12 +759,12 @@ def test_the_command_names_its_archive_after_the_results_folder(machine, monkeyp
     finished(there)
     monkeypatch.setattr(archive, "ROOT", tmp_path)
     archive.main(["pack"])
-    assert (tmp_path / "my-study.tar.gz").exists() and "2 cells of" in capsys.readouterr().out
+    assert (tmp_path / "my-study.tar.xz").exists() and "2 cells of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, what, todo", [
-    (["unpack"], "no archive was given.", "make unpack FILE=name.tar.gz"),
-    (["unpack", "/nowhere/x.tar.gz"], "/nowhere/x.tar.gz cannot be read: No such file or directory.", DAMAGED),
+    (["unpack"], "no archive was given.", "make unpack FILE=name.tar.xz"),
+    (["unpack", "/nowhere/x.tar.xz"], "/nowhere/x.tar.xz cannot be read: No such file or directory.", DAMAGED),
     (["unpack", "/"], "/ cannot be read: Is a directory.", DAMAGED),
 ])
 def test_bad_input_is_two_sentences(machine, arguments, what, todo):
