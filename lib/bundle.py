@@ -153,7 +153,7 @@ def pack(out: Path, path: Path) -> Packed:
 def _compressed(raw: IO[bytes], compression: str) -> IO[bytes]:
     if compression == ".gz":
         return gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0)  # type: ignore[return-value]
-    return lzma.LZMAFile(raw, "wb")  # type: ignore[return-value]
+    return lzma.LZMAFile(raw, "wb")
 
 
 def _write(path: Path, members: dict[str, Path], compression: str) -> None:
