@@ -1,10 +1,11 @@
 """A study's finished cells as one small archive, so that cells which ran on several machines make one study.
 
 Contract: `pack` puts the record and the logs of every finished cell into a tar.xz, and the plans they ran by; never
-weights, checkpoints or locks. Equal cells give equal bytes. A name that ends in .gz asks for gzip, of about twice the size.
-`unpack` takes an archive for what a stranger has sent: names of an exact pattern, regular files, bounded sizes, and all of
-it is judged before anything of the study is touched. A cell then appears whole, by a rename, and counts as done because its
-identity is that of the configured study's cell. What is finished here is never replaced; what is replaced goes to archive/.
+weights, checkpoints or locks. Equal cells give equal bytes. A name that ends in .gz asks for gzip, of more than twice the
+size. `unpack` takes an archive for what a stranger has sent: names of an exact pattern, regular files, bounded sizes, and
+all of it is judged before anything of the study is touched. A cell then appears whole, by a rename, and counts as done
+because its identity is that of the configured study's cell. What is finished here is never replaced; what is replaced goes
+to archive/.
 
 What was measured of a cell's model afterwards (fisher.json; lm_eval.json with the items of its tasks) travels with it and is
 no part of its result: it does not make two results differ, and is added to a finished cell that has none.
@@ -45,8 +46,9 @@ FILE_LIMIT = 64 * MIB
 TOTAL_LIMIT = 4096 * MIB  # of the archive, decompressed
 MEMBER_LIMIT = 200_000
 READ_LIMIT = MIB  # of one read: data comes in small pieces, and no honest header is as large
-WINDOW_LIMIT = 128 * MIB  # of xz's memory: presets need 65 MiB at most, and a header may ask for 4 GiB
+XZ_MEMORY = 128 * MIB  # presets need 65 MiB at most, and a header may ask for 4 GiB
 XZ = b"\xfd7zXZ\0"
+GZIP = (".gz", ".tgz")
 FOREIGN = "get an archive that make pack has written; nothing was unpacked."
 
 
@@ -142,7 +144,7 @@ def pack(out: Path, path: Path) -> Packed:
                         "move some of them to a results folder of their own and pack it with OUT=.")
     try:
         with atomic.replacing(path) as temporary:
-            _write(temporary, {p.relative_to(out).as_posix(): p for p in members}, path.suffix)
+            _write(temporary, {p.relative_to(out).as_posix(): p for p in members}, path.name.lower().endswith(GZIP))
             made.size = temporary.stat().st_size
     except OSError as error:
         raise UserError(f"{shown(path)} cannot be written: {error.strerror or error}.",
@@ -150,15 +152,10 @@ def pack(out: Path, path: Path) -> Packed:
     return made
 
 
-def _compressed(raw: IO[bytes], compression: str) -> IO[bytes]:
-    if compression == ".gz":
-        return gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0)  # type: ignore[return-value]
-    return lzma.LZMAFile(raw, "wb")
-
-
-def _write(path: Path, members: dict[str, Path], compression: str) -> None:
+def _write(path: Path, members: dict[str, Path], as_gzip: bool) -> None:
     """The archive, the same bytes for the same content: sorted, without times, owners or the name of the file itself."""
-    with (open(path, "wb") as raw, _compressed(raw, compression) as packed,
+    with (open(path, "wb") as raw,
+          gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if as_gzip else lzma.LZMAFile(raw, "wb") as packed,
           tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as tar):
         for name, source in sorted(members.items()):
             content = source.read_bytes()
@@ -209,10 +206,10 @@ def _writing(out: Path) -> Iterator[Any]:
 
 
 class _Unxz:
-    """The content of a .xz file, in bounded memory (LZMAFile takes what a header asks for) and with nothing behind it."""
+    """The content of a .xz file, in bounded memory (LZMAFile takes what a header asks for): one checked stream."""
 
     def __init__(self, raw: IO[bytes]):
-        self.raw, self.stream = raw, lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=WINDOW_LIMIT)
+        self.raw, self.stream = raw, lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY)
 
     def read(self, size: int) -> bytes:
         found = bytearray()
@@ -221,6 +218,8 @@ class _Unxz:
             if self.stream.needs_input and not taken:
                 raise ValueError("it ends too early")
             found += self.stream.decompress(taken, size - len(found))
+            if self.stream.check == lzma.CHECK_NONE:
+                raise ValueError("it has no checksum")
         if self.stream.eof and (self.stream.unused_data or self.raw.read(1)):
             raise ValueError("something follows its end")
         return bytes(found)

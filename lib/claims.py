@@ -41,7 +41,7 @@ MEANINGS = {
 TEXT, TEXTS, TRUTH = "a line of text", "a line of text or a list of such", "true or false"
 TABLE, LINES, TABLES = "a table", "a list of lines of text", "a list of tables"
 NEEDED = {"id": TEXT, "document": TEXTS, "claim": TEXT, "kind": TEXT, "test": TEXT}
-OPTIONAL = {"proof": TEXTS, "holds": TRUTH, "study": TEXT, "artifact": TEXT, "step": TEXT, "against": TEXT,
+OPTIONAL = {"proof": TEXTS, "holds": TRUTH, "study": TEXT, "artifact": TEXT, "step": TEXT, "against": TEXTS,
             "figures": TEXTS, "says": TEXT, "note": TEXT}
 OF_A_REPORT = ("artifact", "step", "against")
 OF_FIGURES = ("figures", "says")
@@ -202,27 +202,35 @@ def _measured(entry: dict, where: str, root: Path) -> dict:
 
 
 def _compared(entry: dict, where: str, root: Path) -> dict:
-    """Word and sentence of the report's comparison of `step` with its baseline, or of its contrast with another step."""
-    artifact, step, against = (entry[key] for key in OF_A_REPORT)
+    """Words and sentences of the report's comparisons of `step` with its baseline, or of its contrasts with other steps."""
+    artifact, step = entry["artifact"], entry["step"]
     if not _of_study(artifact, entry):
         raise UserError(f"{where}: the artifact '{artifact}' is not of the study {entry['study']}.",
                         f"write {RESULTS}{entry['study']}, or the study's name and its fragments.")
     report = f"{artifact}/report.json"
     content = report_at(report, where, root)
     contrasts = {(one.get("step"), one.get("reference")): one.get("comparison") for one in content.get("contrasts", [])}
-    if content.get("baseline") != against and (step, against) not in contrasts:
-        raise UserError(f"{where}: {report} compares with {content.get('baseline')}, not with {against}.",
-                        f"write against = \"{content.get('baseline')}\", if that is what was claimed.")
-    found = contrasts.get((step, against)) or next(
-        (s.get("comparison") for s in content.get("steps", []) if s.get("name") == step), None) or {}
-    if not found.get("word") or not found.get("sentence"):
-        raise UserError(f"{where}: {report} has no comparison of the step {step}.", "name a step that it compares.")
-    return {"artifact": artifact, "word": found["word"], "sentence": found["sentence"]}
+    words, sentences = [], []
+    for against in _texts(entry["against"]):
+        if content.get("baseline") != against and (step, against) not in contrasts:
+            raise UserError(f"{where}: {report} compares with {content.get('baseline')}, not with {against}.",
+                            f"write against = \"{content.get('baseline')}\", if that is what was claimed.")
+        found = contrasts.get((step, against)) or next(
+            (s.get("comparison") for s in content.get("steps", []) if s.get("name") == step), None) or {}
+        if not found.get("word") or not found.get("sentence"):
+            raise UserError(f"{where}: {report} has no comparison of the step {step}.", "name a step that it compares.")
+        words.append(found["word"])
+        sentences.append(found["sentence"])
+    return {"artifact": artifact, "word": ", ".join(dict.fromkeys(words)), "sentence": " ".join(sentences)}
 
 
 def _said(entry: dict, where: str, root: Path) -> dict:
     """Word and sentence of the figures: what was claimed of each, and what was measured, on which device."""
     says = saying(entry["says"], where)
+    for reference in _texts(entry["figures"]):
+        if re.search(r"\.comparison\.(?!speed\.)", reference):
+            raise UserError(f"{where}: '{reference}' is of a difference of losses, and figures have no error rate.",
+                            f"give {', '.join(OF_A_REPORT)} instead.")
     found = [figure_at(reference, where, root) for reference in _texts(entry["figures"])]
     for one in found:
         if not _of_study(one.file.rpartition("/")[0], entry):

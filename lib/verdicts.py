@@ -136,8 +136,8 @@ def _plan_ahead(c: Comparison, comparisons: int) -> None:
 
 
 def rounded(difference: float) -> float:
-    """To one significant digit: more would pretend to know the effect that the seeds are needed for."""
-    return float(f"{abs(difference):.0e}")
+    """To two significant digits: more would pretend to know the effect that the seeds are for, and one can halve them."""
+    return float(f"{abs(difference):.1e}")
 
 
 def _word(c: Comparison) -> str:

@@ -143,6 +143,19 @@ def test_a_contrast_measures_a_claim_too(ledger):
     assert (claim.state, claim.word, claim.sentence) == (claims.MEASURED, "BETTER", "V3 vs V1: -0.1 nats: BETTER.")
 
 
+@pytest.mark.parametrize("other, word", [("BETTER", "BETTER"), ("INCONCLUSIVE", "BETTER, INCONCLUSIVE")])
+def test_a_claim_may_be_of_several_references(ledger, other, word):
+    """Each has its own word, and all of them are shown."""
+    root = ledger(PROVED, WAITING | ARTIFACT | {"step": "V3", "against": ["V1", "V2"]})
+    contrasts = [{"step": "V3", "reference": name, "comparison": {"word": word, "sentence": f"V3 vs {name}."}}
+                 for name, word in (("V1", "BETTER"), ("V2", other))]
+    (root / "docs/results/gpt2-x-ablation/report.json").write_text(json.dumps(REPORT | {"contrasts": contrasts}))
+    claim = claims.read(root).claims[1]
+    assert (claim.word, claim.sentence) == (word, "V3 vs V1. V3 vs V2.")
+    (root / "docs/results/gpt2-x-ablation/report.json").write_text(json.dumps(REPORT | {"contrasts": contrasts[:1]}))
+    assert refusal(claims.read, root)[0].endswith("compares with V0, not with V2.")
+
+
 def test_a_claim_is_measured_as_long_as_its_artifact_is_there(ledger):
     root = ledger(PROVED, WAITING | ARTIFACT)
     assert claims.read(root).claims[1].word == "WORSE"
@@ -219,6 +232,9 @@ def but(entry, *without, **changed):
      "mend that file."),
     (but(PROVED, id="two", step="V1"), " names a proof and parts of an artifact.", "take out step."),
     (but(PROVED | FIGURES, id="two"), " names a proof and parts of an artifact.", "take out figures, says."),
+    (but(WAITING | FIGURES, figures=f"{FIGURE}steps.V1.comparison.difference"),
+     f": '{FIGURE}steps.V1.comparison.difference' is of a difference of losses, and figures have no error rate.",
+     "give artifact, step, against instead."),
     (but(WAITING | FIGURES, "says"), " has figures only.", "give figures, says together, or none of them."),
     (but(WAITING, says="<= 1"), " has says only.", "give figures, says together, or none of them."),
     (but(WAITING | FIGURES, figures=[]), ": 'figures' is [].", "write a line of text or a list of such."),

@@ -1,6 +1,7 @@
 """Every command of the README and of docs/ runs, or would: make goals exist, scripts take their arguments."""
 
 import html
+import itertools
 import json
 import os
 import re
@@ -213,6 +214,24 @@ def test_sources_that_the_page_of_results_names_are_those_that_ran():
     reports = (ROOT / "docs/results").glob("gpt2-*/report.json")
     ran = {json.loads(path.read_text())["environment"]["source_hash"] for path in reports}
     assert named and set(named) <= ran
+
+
+def test_verdicts_and_seeds_in_tables_are_those_of_the_reports_beside_them():
+    """In every table with a column `verdict`, whose rows refer to the difference that it is of."""
+    checked = 0
+    for page in PAGES.values():
+        rows = page.splitlines()
+        for at in [at for at, row in enumerate(rows[1:]) if re.fullmatch(r"\|(---\|)+", row) and "| verdict |" in rows[at]]:
+            names = rows[at].strip("| ").split(" | ")
+            for row in itertools.takewhile(lambda row: row.startswith("|"), rows[at + 2:]):
+                reference = r"<!-- (docs/results/\S+): ([a-z]+)(\S[^:]*?)\.comparison\.difference"
+                file, kind, key = re.search(reference, row).groups()
+                name = key.removeprefix(".").removeprefix("[name=").removesuffix("]")
+                compared, = (one["comparison"] for one in json.loads((ROOT / file).read_text())[kind] if one["name"] == name)
+                said = dict(zip(names, row.strip("| ").split(" | "), strict=True))
+                assert (said["verdict"], said.get("seeds", str(compared["n"]))) == (compared["word"], str(compared["n"])), row
+                checked += 1
+    assert checked >= 20
 
 
 def block(page: str, kind: str, beginning: str) -> str:

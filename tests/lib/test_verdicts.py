@@ -57,13 +57,13 @@ def test_words_and_sentences(losses, word, sentence):
 
 
 def test_the_example_of_the_manual():
-    """-0.0021 (-0.0061..+0.0019) over 5 seeds: they can see 0.0054, and about 23 are needed for 0.002."""
+    """-0.0021 (-0.0061..+0.0019) over 5 seeds: they can see 0.0054, and about 21 are needed for 0.0021."""
     pattern = [-1.2, -0.6, 0.0, 0.6, 1.2]
     sd = stats.paired(pattern).se * 5 ** 0.5
     scale = 0.0040 / (2.7764 / 5 ** 0.5) / sd
     found, = compare(arm("V3", shifted(*(-0.0021 + scale * x for x in pattern))), margin=0.002)
     assert found.sentence == ("V3 vs V0: -0.0021 nats (95 % CI -0.0061..+0.0019, 5 paired seeds, Holm p .22): INCONCLUSIVE; "
-                              "5 seeds can see 0.0054; about 23 needed for 0.002.")
+                              "5 seeds can see 0.0054; about 21 needed for 0.0021.")
 
 
 def test_holm_runs_over_the_family():

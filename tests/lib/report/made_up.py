@@ -115,7 +115,7 @@ def comparison(step, i, by_seed, losses) -> dict:
     return empty | {
         "word": word, "method": "paired", "n": n, "n_baseline": n, "difference": difference, "low": low, "high": high,
         "sentence": f"{step} vs V0: {difference:+.4f} nats ({text}{n} paired seeds, Holm p .62): {word}; {n} seeds can see "
-                    "0.0054; about 23 needed for 0.002.", "p": 0.21, "p_holm": 0.62, "by_seed": pairs,
+                    "0.0054; about 21 needed for 0.0021.", "p": 0.21, "p_holm": 0.62, "by_seed": pairs,
         "gates": ["device differs: AMD EPYC 7B13 and NVIDIA H100"] if word == "INVALID" else [],
         "equal_tokens": seen | {"at": 256000.0}, "equal_seconds": (seen | {"at": 19.8}) if i % 3 else None,
         "speed": {"ratio": 1 - 0.02 * i % 0.3, "low": 0.99 - 0.02 * i % 0.3 if n > 1 else None,
