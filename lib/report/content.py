@@ -72,7 +72,7 @@ def content(plan: "Plan") -> dict:
         "downstream": downstream.rows(evaluated), "noise": _noise(base, steps),
         "environment": _environment(records), "data": records[0]["data"] if records else None,
         "outside_budget": _outside_budget(records),
-        "notes": _notes(plan, history, steps, compared, sweep or []) + _notes_on_contrasts(plan, history),
+        "notes": _notes(plan, history, steps, compared, sweep or []) + _notes_on_contrasts(plan, history) + _resumed(records),
         "control_failures": [f for s in steps if (f := control_failure(s["name"], s["control"], compared.get(s["name"])))],
     }
 
@@ -273,6 +273,12 @@ def _outside_budget(records: list[dict]) -> dict | None:
     """Mean seconds of a finished cell by kind of work."""
     kinds = ("train", "other", "compile", "eval", "calibration", "checkpoint")
     return {kind: fmean(r[f"{kind}_seconds"] or 0.0 for r in records) for kind in kinds} if records else None
+
+
+def _resumed(records: list[dict]) -> list[str]:
+    """A note on cells that did not run through: on a GPU, or on another machine, they are not what they would have been."""
+    count = sum(1 for record in records if record["resumed"])
+    return [f"{count} of {plural(len(records), 'finished cell')} went on from a checkpoint"] if count else []
 
 
 def _notes(plan: "Plan", history: list[dict], steps: list[dict], compared: dict[str, Comparison],

@@ -158,7 +158,8 @@ def facts(content: dict) -> list[str]:
                      f"evaluation set {data['eval_hash'][:12]}; unigram entropy {data['unigram_entropy']:.3f} nats")
     if machine:
         found.append(f"machine: {machine['device']}, {machine['precision']}, torch {machine['torch']}, compile "
-                     f"{'on' if machine['compile'] else 'off'}, {plural(machine['threads'], 'thread')}")
+                     f"{'on' if machine['compile'] else 'off'}, {plural(machine['threads'], 'thread')}"
+                     + (f", sources {machine['source_hash']}" if machine.get("source_hash") else ""))
     if spent:
         found.append(f"a cell's training {duration(spent['train'])}; outside the budget: start and logging "
                      f"{duration(spent['other'])}, compile {duration(spent['compile'])}, evaluation {duration(spent['eval'])}"

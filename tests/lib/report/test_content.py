@@ -51,6 +51,14 @@ def rows(out, name, *lines):
     (out / name / "metrics.jsonl").write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
 
 
+def test_cells_that_went_on_from_a_checkpoint_are_counted(study):
+    plan = study(V0=V0, V1=BELOW)
+    assert content(plan)["notes"] == []
+    for cell in plan.cells[:2]:
+        finish(plan.out, cell, val_loss=3.0, resumed=2)
+    assert content(Plan(Options()))["notes"] == ["2 of 6 finished cells went on from a checkpoint"]
+
+
 def test_a_study_in_full(study):
     found = content(study(V0=V0, V1=BELOW))
     assert found["complete"] and found["title"] == "mine" and found["baseline"] == "V0" and found["plan"]["test"] == "fixed"
