@@ -294,7 +294,7 @@ STUDIES_OF_THE_DOCUMENTS = {
                               "RAMLAKV0 RAMLAKV1",
     "gpt2-ra-direction-ablation": "B0 RALEARN0 RAEARLY0 RALATE0 RAALL0",
     "gpt2-ra-baseline-vs-routing": "RT0 RT1", "gpt2-controls": "V0 A0 P0 OG0", "gpt2-ladder-ablation": "V0 V1T V3 OG0",
-    "gpt2-ra-parts-ablation": "V0 V1 V1T V2 V3 V4 V5 V6",
+    "gpt2-ra-parts-ablation": "V0 V1 V1T V2 V3 V4 V5 V6", "gpt2-skip-gates-ablation": "R0 M0 R1 M1 M2 M3",
     "gpt2-lens-ablation": "L0 L1 L2 L3 L4 L5 L6 L7",
     "gpt2-rwr-ablation": "W0 W1 W2 W3", "gpt2-ratio-ablation": "V0 G1 G2N G2 G2M1 G2M2 G2M3 G2A",
     "gpt2-sinkgd-ablation": "S0 S1 S2 S3", "gpt2-kv-tying-ablation": "V0 KT1",

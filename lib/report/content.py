@@ -11,13 +11,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from lib import anytime, design, stats
+from lib import design, stats
 from lib.arms import Group, compare, contrasted, group, reference, refuse_copies
 from lib.cells import left_out_contrasts
 from lib.classes import FunctionClass, function_classes
-from lib.report import caches, compression, downstream, positions
+from lib.report import caches, compression, devices, downstream, positions
+from lib.report.views import views
 from lib.tables import plural
 from lib.verdicts import Comparison
 
@@ -36,8 +35,11 @@ def content(plan: "Plan") -> dict:
     history, sweep = plan.history, _sweep(plan)
     test, later = design.test(history), design.later_seeds(history)
     order = list(dict.fromkeys([*plan.seeds, *(cell.seed for cell in plan.more)]))
-    curves = {cell.name: _evaluations(plan.out / cell.name) for cell in {c.name: c for c in [*plan.cells, *plan.more]}.values()
-              if plan.status[cell.name].state == "done"}
+    finished = {cell.name: (cell, plan.status[cell.name].record) for cell in [*plan.cells, *plan.more]
+                if plan.status[cell.name].state == "done"}
+    curves = {name: _evaluations(plan.out / name) for name in finished}
+    speeds = devices.factors([(f"{cell.step} {cell.optimizer}", record) for cell, record in finished.values()])
+    runs = {name: devices.levelled(curves[name], record, speeds) for name, (_, record) in finished.items()}
     steps, compared, compressed, evaluated, contrasts = [], {}, {}, [], []
     for cells, tuned in ((plan.common, None), (plan.tuned_cells, plan.tuned)):
         if not cells:
@@ -47,11 +49,11 @@ def content(plan: "Plan") -> dict:
         classes = function_classes({one.step: one.cells[0][0].resolved.config for one in groups})
         compared |= comparisons
         if tuned is None:
-            contrasts = [_contrast(*found, test, curves, classes) for found in
+            contrasts = [_contrast(*found, test, runs, classes) for found in
                          contrasted(plan.study, groups, order, test, comparisons=design.contrasts(history))]
         compressed |= {one.name: [status.record for _, status in one.cells if status.state == "done"] for one in groups}
         evaluated += [_evaluated(plan, groups, one, comparisons.get(one.name)) for one in groups]
-        steps += [_step(plan, groups, one, comparisons.get(one.name), later, test, curves, classes[one.step])
+        steps += [_step(plan, groups, one, comparisons.get(one.name), later, test, curves, runs, classes[one.step])
                   for one in groups]
     records = [s.record for c, s in plan.found(plan.common) if s.state == "done"]
     base = next(step for step in steps if step["is_baseline"])
@@ -72,7 +74,8 @@ def content(plan: "Plan") -> dict:
         "downstream": downstream.rows(evaluated), "noise": _noise(base, steps),
         "environment": _environment(records), "data": records[0]["data"] if records else None,
         "outside_budget": _outside_budget(records),
-        "notes": _notes(plan, history, steps, compared, sweep or []) + _notes_on_contrasts(plan, history) + _resumed(records),
+        "notes": [*_notes(plan, history, steps, compared, sweep or []), *_notes_on_contrasts(plan, history),
+                  *(devices.note(speeds) or devices.apart(finished.values(), base["step"])), *_resumed(records)],
         "control_failures": [f for s in steps if (f := control_failure(s["name"], s["control"], compared.get(s["name"])))],
     }
 
@@ -86,7 +89,7 @@ def _evaluated(plan: "Plan", groups: list[Group], one: Group, comparison: Compar
 
 
 def _step(plan: "Plan", groups: list[Group], one: Group, comparison: Comparison | None, later: list[int], test: str,
-          evaluations: dict[str, list], function_class: FunctionClass) -> dict:
+          evaluations: dict[str, list], runs: dict[str, tuple[list, dict]], function_class: FunctionClass) -> dict:
     base = reference(plan.study, groups, one)
     records = {cell.seed: status.record for cell, status in one.cells if status.state == "done"}
     config = one.cells[0][0].resolved.config.as_json()
@@ -100,7 +103,7 @@ def _step(plan: "Plan", groups: list[Group], one: Group, comparison: Comparison 
         "is_baseline": comparison is None, "control": one.control, "tuned": one.tuned,
         "states": {state: states.count(state) for state in dict.fromkeys(states)},
         "seeds_done": len(records), "seeds_planned": len(one.cells), "mean": _means(list(records.values())),
-        "comparison": comparison and _comparison(one, base, comparison, test, evaluations),
+        "comparison": comparison and _comparison(one, base, comparison, test, runs),
         "kv_cache": caches.compared(*([s.record for _, s in arm.cells if s.state == "done"] for arm in (one, base))),
         "configuration": config, "differs": {k: [other[k], config[k]] for k in config if config[k] != other[k]},
         "curves": [_curve(seed, rows) for seed, rows in sorted(curves.items())],
@@ -124,7 +127,7 @@ def _means(records: list[dict]) -> dict:
     return found
 
 
-def _comparison(one: Group, base: Group, c: Comparison, test: str, evaluations: dict[str, list]) -> dict:
+def _comparison(one: Group, base: Group, c: Comparison, test: str, runs: dict[str, tuple[list, dict]]) -> dict:
     e = c.estimate
     found = {"word": c.word, "sentence": c.sentence, "method": e and e.method, "n": e and e.n,
              "n_baseline": e and e.n_reference, "difference": e and e.difference, "low": e and e.low, "high": e and e.high,
@@ -133,59 +136,18 @@ def _comparison(one: Group, base: Group, c: Comparison, test: str, evaluations: 
              "correlation": c.correlation, "by_seed": {str(seed): d for seed, d in c.by_seed.items()}, "gates": c.gates,
              "equal_tokens": None, "equal_seconds": None, "speed": None, "by_position": None}
     if c.by_seed:
-        arms = ({cell.seed: (evaluations[cell.name], status.record) for cell, status in arm.cells if cell.seed in c.by_seed}
-                for arm in (one, base))
-        found |= views(*arms, test)  # type: ignore[call-arg, arg-type]  # two arms
+        ours, theirs = ({cell.seed: runs[cell.name] for cell, _ in arm.cells if cell.seed in c.by_seed} for arm in (one, base))
+        found |= views(ours, theirs, test)
     return found
 
 
-def _contrast(one: Group, other: Group, c: Comparison, test: str, evaluations: dict[str, list],
+def _contrast(one: Group, other: Group, c: Comparison, test: str, runs: dict[str, tuple[list, dict]],
               classes: dict[str, FunctionClass]) -> dict:
     ours, theirs = (classes[group.step] for group in (one, other))
     equal = ours.of == theirs.of and "inside" not in (ours.relation, theirs.relation)
     return {"name": f"{one.name} vs {other.name}", "step": one.name, "reference": other.name,
             "function_class": {"relation": "equal", "sentence": FunctionClass(one.step, other.step, "equal").sentence}
-            if equal else None, "comparison": _comparison(one, other, c, test, evaluations)}
-
-
-def views(arm: dict, base: dict, test: str) -> dict:
-    """Loss at equal tokens and at equal training seconds, the ratio of tokens/s, loss by position: over the seeds both have.
-
-    They describe; no verdict rests on them. Their 95 % intervals are each on its own, and as valid under looks as `test`.
-
-    Both are {seed: (evaluations, record)}. The arm that went further is read off its evaluations, in a straight line
-    between them; its schedule was not at its end there, which favours the other one.
-    """
-    estimator = anytime.estimate if test == "anytime" else stats.paired
-    at: dict[str, list] = {"tokens": [], "train_seconds": []}
-    for seed in sorted(arm.keys() & base.keys()):
-        for key, pairs in at.items():
-            where = min(arm[seed][1][key], base[seed][1][key])
-            losses = [_loss_at(rows, key, where, record) for rows, record in (arm[seed], base[seed])]
-            if None not in losses:
-                pairs.append((losses[0] - losses[1], where))
-    found: dict[str, Any] = {}
-    for key, view in (("tokens", "equal_tokens"), ("train_seconds", "equal_seconds")):
-        estimate = estimator([d for d, _ in at[key]]) if at[key] else None
-        found[view] = estimate and {"difference": estimate.difference, "low": estimate.low, "high": estimate.high,
-                                    "n": estimate.n, "at": fmean(where for _, where in at[key])}
-    speeds = [(arm[s][1]["tokens_per_second"], base[s][1]["tokens_per_second"]) for s in sorted(arm.keys() & base.keys())]
-    if speeds and all(a and b for a, b in speeds):
-        ratio, low, high = stats.ratio(*zip(*speeds, strict=True), estimator)  # type: ignore[call-arg]  # two arms
-        found["speed"] = {"ratio": ratio, "low": low, "high": high, "n": len(speeds)}
-    ours, theirs = ([one[seed][1] for seed in sorted(arm.keys() & base.keys())] for one in (arm, base))
-    found["by_position"] = positions.compared(ours, theirs, estimator)
-    return found
-
-
-def _loss_at(rows: list[dict], key: str, where: float, record: dict) -> float | None:
-    """Validation loss when `key` (tokens or training seconds) was at `where`."""
-    if where >= record[key]:
-        return record["val_loss"]
-    x = [row[key] for row in rows]
-    if not x or not x[0] <= where <= x[-1]:
-        return None
-    return float(np.interp(where, x, [row["val_loss"] for row in rows]))
+            if equal else None, "comparison": _comparison(one, other, c, test, runs)}
 
 
 def _evaluations(folder: Path) -> list[dict]:
@@ -294,7 +256,6 @@ def _notes(plan: "Plan", history: list[dict], steps: list[dict], compared: dict[
         found.append(text)
     if beside := _side_by_side(plan):
         found.append(beside)
-    found += _never_on_one_gpu(plan, next(step["name"] for step in steps if step["is_baseline"]))
     for comparison in compared.values():
         found += [f"{comparison.name} vs {comparison.reference}: {gate}" for gate in comparison.gates[1:]]
     if sweep and all(entry["best"] == 1 for entry in sweep):
@@ -333,18 +294,6 @@ def _side_by_side(plan: "Plan") -> str | None:
         return None
     return (f"{beside} of {plural(len(timed), 'cell')} ran beside another one on the same device: what a budget of seconds "
             "trained there depended on the neighbour (CELLS_PER_GPU=1 or JOBS=1 gives each its own)")
-
-
-def _never_on_one_gpu(plan: "Plan", reference: str) -> list[str]:
-    """Arms whose speed, beside the reference's, may be that of their GPU: two of one model differ by some per cent."""
-    devices: dict[str, set] = {}
-    for cell, status in plan.found(plan.common):
-        if status.state == "done":
-            devices.setdefault(cell.step, set()).add((status.record["environment"] or {}).get("device_id"))
-    theirs = devices.pop(reference, {None})
-    apart = [step for step, ours in devices.items() if None not in ours | theirs and not ours & theirs]
-    return [f"{' '.join(apart)} never ran on a GPU that {reference} ran on: a difference of speed, or at equal seconds, may be "
-            "that of the GPUs (more seeds take turns)"] if apart else []
 
 
 def control_failure(name: str, control: str | None, comparison: Comparison | None) -> str | None:
