@@ -23,12 +23,13 @@ def device(record: dict) -> str | None:
 def factors(cells: list[tuple[str, dict]]) -> dict[str, float]:
     """{device: its speed relative to the mean of the devices}, of (arm, record) of finished cells.
 
-    Empty where there is nothing to tell apart, or no way to: one device, a cell whose device or speed is not known, arms that
-    no chain of shared devices connects, or no cell more than there are arms and devices to be told apart.
+    Cells that trained nothing take no part. Empty where there is nothing to tell apart, or no way to: one device, a cell whose
+    device is not known, arms that no chain of shared devices connects, or no cell more than there are arms and devices to be
+    told apart.
     """
-    known = [(arm, device(record), record["tokens_per_second"]) for arm, record in cells]
+    known = [(arm, device(record), record["tokens_per_second"]) for arm, record in cells if record["tokens_per_second"]]
     arms, devices = (sorted({row[i] for row in known}, key=str) for i in (0, 1))
-    if len(devices) < 2 or not all(name and speed for _, name, speed in known):
+    if len(devices) < 2 or None in devices:
         return {}
     x = np.array([[a == arm for a in arms] + [d == name for d in devices] for arm, name, _ in known], float)
     solution, _, rank, _ = np.linalg.lstsq(x, np.log([speed for *_, speed in known]), rcond=None)

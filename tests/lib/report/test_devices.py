@@ -21,7 +21,7 @@ def record(speed, gpu, seconds=10.0):
 def test_what_devices_have_for_all_arms_is_found_and_taken_out(gpus, arms):
     cells = [(f"V{a}", record(1e5 * exp(arm + gpu), f"gpu{g}", 20 / exp(arm + gpu)))
              for a, arm in enumerate(arms) for g, gpu in enumerate(gpus)]
-    found = factors(cells)
+    found = factors([*cells, ("C1", record(None, "gpu0")), ("C2", record(0.0, None, 0.0))])  # which train nothing
     assert prod(found.values()) == pytest.approx(1)
     for (g, gpu), (h, other) in zip(enumerate(gpus), enumerate(gpus[1:], 1), strict=False):
         assert found[f"gpu{h}"] / found[f"gpu{g}"] == pytest.approx(exp(other - gpu))
