@@ -55,7 +55,8 @@ def content(plan: "Plan") -> dict:
         evaluated += [_evaluated(plan, groups, one, comparisons.get(one.name)) for one in groups]
         steps += [_step(plan, groups, one, comparisons.get(one.name), later, test, curves, runs, classes[one.step])
                   for one in groups]
-    records = [s.record for c, s in plan.found(plan.common) if s.state == "done"]
+    common = [(cell, status.record) for cell, status in plan.found(plan.common) if status.state == "done"]
+    records = [record for _, record in common]
     base = next(step for step in steps if step["is_baseline"])
     overrides = ", ".join(f"{a.name}={a.value}" for a in plan.study.overrides)
     last = history[-1]
@@ -75,7 +76,7 @@ def content(plan: "Plan") -> dict:
         "environment": _environment(records), "data": records[0]["data"] if records else None,
         "outside_budget": _outside_budget(records),
         "notes": [*_notes(plan, history, steps, compared, sweep or []), *_notes_on_contrasts(plan, history),
-                  *(devices.note(speeds) or devices.apart(finished.values(), base["step"])), *_resumed(records)],
+                  *(devices.note(speeds) or devices.apart(common, base["step"])), *_resumed(records)],
         "control_failures": [f for s in steps if (f := control_failure(s["name"], s["control"], compared.get(s["name"])))],
     }
 

@@ -7,7 +7,6 @@ speed would have run it. Losses at the end, and so verdicts, are not touched.
 """
 
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,7 +46,7 @@ def levelled(rows: list[dict], record: dict, found: dict[str, float]) -> tuple[l
             record | {"train_seconds": record["train_seconds"] * factor, "tokens_per_second": speed and speed / factor})
 
 
-def apart(cells: Iterable[tuple["Cell", dict]], reference: str) -> list[str]:
+def apart(cells: list[tuple["Cell", dict]], reference: str) -> list[str]:
     """A note on arms whose speed, beside the reference's, may be that of their GPU, and nothing can tell."""
     ran_on: dict[str, set] = {}
     for cell, record in cells:

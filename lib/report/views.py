@@ -15,14 +15,15 @@ from lib.report import positions
 def views(arm: dict, base: dict, test: str) -> dict:
     """Loss at equal tokens and at equal training seconds, the ratio of tokens/s, loss by position: over the seeds both have.
 
-    They describe; no verdict rests on them. Their 95 % intervals are each on its own, and as valid under looks as `test`.
+    Their 95 % intervals are each on its own, and as valid under looks as `test`.
 
     Both are {seed: (evaluations, record)}. The arm that went further is read off its evaluations, in a straight line
     between them; its schedule was not at its end there, which favours the other one.
     """
     estimator = anytime.estimate if test == "anytime" else stats.paired
+    seeds = sorted(arm.keys() & base.keys())
     at: dict[str, list] = {"tokens": [], "train_seconds": []}
-    for seed in sorted(arm.keys() & base.keys()):
+    for seed in seeds:
         for key, pairs in at.items():
             where = min(arm[seed][1][key], base[seed][1][key])
             losses = [_loss_at(rows, key, where, record) for rows, record in (arm[seed], base[seed])]
@@ -33,11 +34,11 @@ def views(arm: dict, base: dict, test: str) -> dict:
         estimate = estimator([d for d, _ in at[key]]) if at[key] else None
         found[view] = estimate and {"difference": estimate.difference, "low": estimate.low, "high": estimate.high,
                                     "n": estimate.n, "at": fmean(where for _, where in at[key])}
-    speeds = [(arm[s][1]["tokens_per_second"], base[s][1]["tokens_per_second"]) for s in sorted(arm.keys() & base.keys())]
+    ours, theirs = ([one[seed][1] for seed in seeds] for one in (arm, base))
+    speeds = [(a["tokens_per_second"], b["tokens_per_second"]) for a, b in zip(ours, theirs, strict=True)]
     if speeds and all(a and b for a, b in speeds):
         ratio, low, high = stats.ratio(*zip(*speeds, strict=True), estimator)  # type: ignore[call-arg]  # two arms
         found["speed"] = {"ratio": ratio, "low": low, "high": high, "n": len(speeds)}
-    ours, theirs = ([one[seed][1] for seed in sorted(arm.keys() & base.keys())] for one in (arm, base))
     found["by_position"] = positions.compared(ours, theirs, estimator)
     return found
 

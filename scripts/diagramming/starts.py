@@ -68,7 +68,9 @@ def gate_evolution(sources: Sources) -> Figure:
     alone = set(sources.steps(ATTENTION_ALONE))
     series: dict[str, dict[tuple[str, int], list]] = defaultdict(lambda: defaultdict(list))
     seeds = set()
-    for record, rows in ((record, rows) for record, rows in sources.curves(TRAINED) if record["step"] in alone):
+    for record, rows in sources.curves(TRAINED):
+        if record["step"] not in alone:
+            continue
         for key in rows[-1]:
             name, _, layer = key.partition("/layer")
             if name.startswith("unified_ra_w_") and layer.isdigit():
