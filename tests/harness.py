@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -154,6 +155,15 @@ def finish_each(out: Path, cells: list) -> None:
         (out / cell.name / "metrics.jsonl").write_text("".join(
             json.dumps({"iteration": 50 * i, "tokens": 51_200 * i, "train_seconds": 4.0 * i, "val_loss": loss + (5 - i) / 10})
             + "\n" for i in range(1, 6)))
+
+
+def wait_for(condition, seconds: float = 30.0):
+    """What `condition` gives as soon as it gives something; it fails the test if that takes longer."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+    return value
 
 
 def snapshot(folder: Path) -> dict:

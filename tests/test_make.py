@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.harness import ROOT, copy_tree, copy_tree_that_trains_nothing, replace
+from tests.harness import ROOT, copy_tree, copy_tree_that_trains_nothing, replace, wait_for
 from tests.lib.test_process import alive
 
 STUDY = """CONFIG_MODEL_TINY=y
@@ -89,14 +89,6 @@ def quick(tmp_path_factory):
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def wait_for(condition, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
-    return value
 
 
 def snapshot(folder):
@@ -240,7 +232,7 @@ def test_killed_cells_resume_bit_for_bit(tmp_path):
     assert straight.make("cells")[0] == 0
     folder = killed.out / "test_V3_adamwspam_none"
     process = killed.start("cells")
-    wait_for(lambda: (folder / "checkpoint.pt").exists())
+    wait_for(lambda: (folder / "checkpoint.pt").exists(), seconds=60)
     os.kill(killed.cell_pids()[0], signal.SIGKILL)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "interrupted by signal 9 after" in output
@@ -263,7 +255,7 @@ def test_a_cell_whose_data_have_changed_goes_on_with_the_old_or_is_archived_for_
     replace(study.config, "CONFIG_DATA_PYSTDLIB=y\n", "CONFIG_DATA_LOCAL=y\n")
     folder = study.out / "test_V0_adamwspam_none"
     process = study.start("cells")
-    wait_for(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size)
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size, seconds=60)
     os.killpg(process.pid, signal.SIGINT)
     assert "interrupted after" in process.communicate(timeout=60)[0]
     (data / "train.bin").write_bytes(b"".join(reversed(tokens)))
@@ -325,7 +317,7 @@ def test_nohup_survives_a_hang_up(tmp_path):
     study = Study(tmp_path, ABLATION_STEPS='"V0"', GPT2_MAX_ITERS=60)
     process = subprocess.Popen(["nohup", "make", f"PYTHON={sys.executable}", "cells"], cwd=ROOT, env=study.environment(),
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    wait_for(lambda: (study.out / "test_V0_adamwspam_none/metrics.jsonl").exists())
+    wait_for(lambda: (study.out / "test_V0_adamwspam_none/metrics.jsonl").exists(), seconds=60)
     os.killpg(process.pid, signal.SIGHUP)
     assert process.wait(timeout=120) == 0 and study.metrics("V0")["state"] == "done"
 
@@ -335,14 +327,14 @@ def test_stopping_make_stops_the_cell_and_loses_nothing(tmp_path, how):
     study = Study(tmp_path, ABLATION_STEPS='"V0 V1"', GPT2_MAX_ITERS=1000000)
     folder = study.out / "test_V0_adamwspam_none"
     process = study.start()
-    wait_for(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size)
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size, seconds=60)
     if how == "ctrl-c":
         os.killpg(process.pid, signal.SIGINT)  # what a terminal does; the cell is in a group of its own
     else:
         os.kill(process.pid, signal.SIGTERM if how == "terminate make" else signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode != 0
-    wait_for(lambda: not study.cell_pids())
+    wait_for(lambda: not study.cell_pids(), seconds=60)
     assert (folder / "checkpoint.pt").exists() and not (folder / "metrics.json").exists()
     assert not (study.out / "test_V1_adamwspam_none/metrics.jsonl").exists(), "no further cell starts"
     assert list(folder.glob(".*.tmp")) == []

@@ -17,8 +17,8 @@ from lib.config import Study
 from lib.errors import UserError
 from lib.kconfig import Assignment
 from lib.launch import prepare
-from tests.harness import ROOT
-from tests.lib.test_launch import stored, wait_for
+from tests.harness import ROOT, wait_for
+from tests.lib.test_launch import stored
 
 SHORT = {"GPT2_MAX_ITERS": "8", "GPT2_BLOCK_SIZE": "32", "BATCH_SIZE": "2", "GPT2_EVAL_SAMPLES": "2", "GPT2_LOG_INTERVAL": "4"}
 INJECTED = """import runpy, sys, time

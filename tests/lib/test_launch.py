@@ -18,7 +18,7 @@ from lib import atomic, failures, process, results
 from lib.cells import expand
 from lib.config import Study
 from lib.launch import Display, bytecode_is_kept, conclude, run
-from tests.harness import ROOT, finish, refusal
+from tests.harness import ROOT, finish, refusal, wait_for
 from tests.lib.test_process import alive
 
 IDENTITY = {"hash": "0", "set": {}, "default": {}}
@@ -71,13 +71,6 @@ def waiting(tmp_path, program, variables=()) -> tuple[subprocess.Popen, str]:
     second = subprocess.Popen(plan(tmp_path, program), cwd=ROOT, stdout=subprocess.PIPE, text=True,
                               env=os.environ | dict(variables))
     return second, second.stdout.readline()
-
-
-def wait_for(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 IN_TREE = "sys.path.insert(0, os.getcwd())\nfrom lib import process"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lib import generations, results, slots
-from tests.harness import ROOT, refusal
-from tests.lib.test_launch import plan, wait_for
+from tests.harness import ROOT, refusal, wait_for
+from tests.lib.test_launch import plan
 from tests.lib.test_process import alive
 
 LISTING = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aaaa-1)

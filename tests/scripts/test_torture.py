@@ -22,7 +22,7 @@ from scripts.torturing.drawn import Drawn
 from scripts.torturing.evidence import Evidence
 from scripts.torturing.trap import FULL, HANG, READ_ONLY, Sprung, Trap
 from scripts.torturing.watching import MARK, Files, Process, processes, send, trained_twice
-from tests.harness import MEASURED, copy_tree, refusal
+from tests.harness import MEASURED, copy_tree, refusal, wait_for
 
 SLOW = """'Trains nothing, slowly: rows, checkpoints and weights like a real one, from its checkpoint if it has one.'
 import json, os, shutil, subprocess, sys, time
@@ -209,6 +209,7 @@ def test_a_signal_reaches_the_processes_of_a_study_and_no_others(tmp_path):
     own = subprocess.Popen(["sleep", "60"], start_new_session=True, env=os.environ | {MARK: str(tmp_path)})
     try:
         assert not send(tmp_path, stranger.pid, signal.SIGKILL) and not send(tmp_path, stranger.pid, signal.SIGKILL, group=True)
+        wait_for(lambda: processes(tmp_path))  # Popen returns when the program is loaded, a moment before its environment is
         assert [found.pid for found in processes(tmp_path)] == [own.pid]
         assert send(tmp_path, own.pid, signal.SIGTERM, group=True) and own.wait() == -signal.SIGTERM
         assert not send(tmp_path, own.pid, signal.SIGKILL) and stranger.poll() is None
