@@ -131,6 +131,13 @@ class SkipController(nn.Module):
             return 0.0
         return self.strength * sum(gate.cost * torch.sigmoid(gate.logit[0]) for gate in self.gates.values() if gate.on)
 
+    def inactive(self) -> str | None:
+        """Until a path is off nothing is skipped: gates that only weigh are one more factor on weights."""
+        if not all(gate.on for gate in self.gates.values()):
+            return None
+        lowest = min(torch.sigmoid(gate.logit).item() for gate in self.gates.values())
+        return f"no path went off: the lowest gate ended at {lowest:.2f}, and a path goes off below 0.5"
+
     def stats(self) -> dict:
         return {"compute_ratio": self.looked.new_tensor(self.compute_ratio(), dtype=torch.float32)}
 

@@ -168,6 +168,17 @@ def test_three_looks_in_a_row_after_a_fifth_of_the_budget_switch_off_for_good(bu
         training_flops(cfg, {"0.mlp.skip_rec"}) / training_flops(cfg)) and control.compute_ratio() < 1
 
 
+def test_gates_that_switched_nothing_off_were_inactive(build):
+    """A gated model that skips nothing says nothing of skipping, and must not be compared as if it did."""
+    model = build("M2")
+    control, gate = model.controllers["skip"], model.transformer.h[1].attn.skip_low
+    with torch.no_grad():
+        gate.logit.fill_(0.4)
+    assert control.inactive() == "no path went off: the lowest gate ended at 0.60, and a path goes off below 0.5"
+    gate.switch_off()
+    assert control.inactive() is None
+
+
 def test_what_is_off_stays_off_in_a_state(build):
     model = switch_off(build("M2"), *PATHS[:3])
     with torch.no_grad():
