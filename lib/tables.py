@@ -1,8 +1,29 @@
 """Tables for people: aligned Markdown, so that what the terminal shows can be pasted into a report."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from lib.errors import one_line
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with what it is called, what it is of, and notes below it; `aligned` as `table` takes it."""
+
+    title: str
+    caption: str
+    header: list[str]
+    aligned: str
+    rows: list[list[str]]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def anchor(self) -> str:
+        return self.title.lower().replace(" ", "-")
+
+    def markdown(self) -> str:
+        notes = "".join(f"\n- {note}" for note in self.notes) + ("\n" if self.notes else "")
+        return f"## {self.title}\n\n{self.caption}\n\n" + table(self.header, self.rows, self.aligned) + notes
 
 
 def table(header: list[str], rows: list[list], right: str = "") -> str:

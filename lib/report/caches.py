@@ -8,7 +8,7 @@ the two caches has no such part (a cache of latents has no values) or a record i
 
 from statistics import fmean
 
-from lib.tables import size, table
+from lib.tables import Section, size
 
 SHARES = ("values", "values_and_index", "kv_cache")
 
@@ -63,7 +63,7 @@ def _shown(share: float | None) -> str:
     return f"{100 * share:.1f} %" if share >= 0 else f"{-100 * share:.1f} % larger"
 
 
-def markdown(steps: list[dict]) -> str:
-    """The section of report.md; "" if every step has the baseline's cache."""
-    found = rows(steps)
-    return f"## KV cache\n\n{CAPTION}\n\n" + table(HEADER, [cells(step) for step in found], "lrrrrr") if found else ""
+def section(content: dict) -> Section | None:
+    """What a report shows of it; None if every step has the baseline's cache."""
+    found = rows(content.get("steps") or [])
+    return Section("KV cache", CAPTION, HEADER, "lrrrrr", [cells(step) for step in found]) if found else None

@@ -11,7 +11,7 @@ from typing import Any
 
 from lib import anytime, stats
 from lib.design import ERROR_RATE
-from lib.tables import table
+from lib.tables import Section
 from lib.verdicts import signed
 
 FEWEST_SEEDS = 3  # as for a verdict
@@ -54,6 +54,7 @@ def _difference(estimator: Any, arm: list[float], reference: list[float]) -> dic
     return {"difference": e.difference, "low": e.low, "high": e.high, "p": e.p}
 
 
+CAPTION = "The same trained model before and after; differences in nats, paired by seed (95 %)."
 HEADER = ["step", "seeds", "loss before", "through plain PCA", "through the codec", "codec to PCA", "loses less",
           "error of values, PCA", "codec"]
 
@@ -69,9 +70,7 @@ def _shown(e: dict) -> str:
     return signed(e["difference"]) + (f" ({signed(e['low'])}..{signed(e['high'])})" if e["low"] is not None else "")
 
 
-def markdown(found: list[dict]) -> str:
-    """The section of report.md; "" without rows."""
-    if not found:
-        return ""
-    return ("## Compressed values\n\nThe same trained model before and after; differences in nats, paired by seed (95 %).\n\n"
-            + table(HEADER, [cells(row) for row in found], "lrrrrrlrr"))
+def section(content: dict) -> Section | None:
+    """What a report shows of it; None without rows."""
+    found = content.get("compression") or []
+    return Section("Compressed values", CAPTION, HEADER, "lrrrrrlrr", [cells(row) for row in found]) if found else None

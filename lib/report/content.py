@@ -15,7 +15,7 @@ from lib import design, stats
 from lib.arms import Group, compare, contrasted, group, reference, refuse_copies
 from lib.cells import left_out_contrasts
 from lib.classes import FunctionClass, function_classes
-from lib.report import caches, compression, devices, downstream, positions
+from lib.report import caches, compression, devices, downstream, mechanisms, positions
 from lib.report.views import views
 from lib.tables import plural
 from lib.verdicts import Comparison
@@ -109,6 +109,7 @@ def _step(plan: "Plan", groups: list[Group], one: Group, comparison: Comparison 
         "configuration": config, "differs": {k: [other[k], config[k]] for k in config if config[k] != other[k]},
         "curves": [_curve(seed, rows) for seed, rows in sorted(curves.items())],
         "gates_by_layer": [gate for seed, rows in sorted(curves.items()) for gate in _gates(seed, rows)],
+        "statistics": mechanisms.summary([rows for _, rows in sorted(curves.items())]),
         "cells": [{"name": cell.name, "seed": cell.seed, "state": status.state, "why": status.why, "later": cell.seed in later,
                    **{key: status.record[key] if status.record else None
                       for key in ("val_loss", "train_seconds", "tokens_per_second", "peak_memory_bytes", "finished")}}

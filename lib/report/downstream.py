@@ -28,7 +28,7 @@ from statistics import fmean
 import numpy as np
 
 from lib.design import ERROR_RATE
-from lib.tables import table
+from lib.tables import Section
 from lib.verdicts import signed
 
 FORMAT = 1
@@ -166,7 +166,6 @@ def chance(of: dict[tuple, dict]) -> float | None:
 
 
 HEADER = ["task", "metric", "step", "score", "chance", "difference (95 %)", "interval covers", "items", "seeds"]
-ALIGNED = "lllrrrlrr"
 CAPTION = ("Scores are means over items and seeds; differences to the baseline are paired by item and seed. Secondary: each "
            "interval stands on its own, not corrected for their number, and no verdict rests on them. A score near chance says "
            "nothing of what a model has learned.")
@@ -192,9 +191,9 @@ def notes(found: list[dict]) -> list[str]:
             "RETRY=1 with one LIMIT, on one kind of device" for task, count in left.items()]
 
 
-def markdown(found: list[dict]) -> str:
-    """The section of report.md; "" without rows."""
+def section(content: dict) -> Section | None:
+    """What a report shows of it; None without rows."""
+    found = content.get("downstream") or []
     if not found:
-        return ""
-    text = f"## Downstream tasks\n\n{CAPTION}\n\n" + table(HEADER, [cells(row) for row in found], ALIGNED)
-    return text + "".join(f"\n- {note}" for note in notes(found)) + ("\n" if notes(found) else "")
+        return None
+    return Section("Downstream tasks", CAPTION, HEADER, "lllrrrlrr", [cells(row) for row in found], tuple(notes(found)))

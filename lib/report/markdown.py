@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from lib.errors import one_line
-from lib.report import caches, compression, downstream, positions
+from lib.report.sections import sections
 from lib.tables import count, duration, plural, size, table
 from lib.verdicts import signed
 
@@ -28,9 +28,7 @@ def render(content: dict) -> str:
                   verdict_table(tuned, _against(tuned)), sentences(tuned)]
     if content["sweep"]:
         parts.append(sweep_table(content["sweep"]))
-    parts += [compression.markdown(content.get("compression") or []), caches.markdown(content["steps"]),
-              positions.markdown(common),
-              downstream.markdown(content.get("downstream") or [])]
+    parts += [section.markdown() for section in sections(content)]
     parts += ["## Cells\n", step_table(content["steps"]), "\n".join(f"- {line}" for line in facts(content)) + "\n"]
     return "\n".join(part for part in parts if part)
 

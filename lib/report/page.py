@@ -14,7 +14,7 @@ from typing import Any
 
 from lib import atomic
 from lib.paths import user_cache
-from lib.report import caches, charts, compression, curves, downstream, positions
+from lib.report import charts, curves, sections
 from lib.report.curves import number
 from lib.tables import count, duration
 
@@ -65,8 +65,7 @@ def environment() -> Any:
                               lstrip_blocks=True, undefined=jinja2.ChainableUndefined)
     made.filters.update(signed=signed, difference=difference, ratio=ratio, fixed=fixed, whole=whole, count=_or_nothing(count),
                         duration=_or_nothing(duration), mib=mib, moment=moment, value=value, kind=kind)
-    made.globals.update(COLOURS=COLOURS, sweep_multiples=sweep_multiples, compression=compression, caches=caches,
-                        downstream=downstream, positions=positions)
+    made.globals.update(COLOURS=COLOURS, sweep_multiples=sweep_multiples, described=sections.sections)
     return made
 
 
@@ -107,8 +106,8 @@ def digest(content: dict) -> str:
 
 def code() -> str:
     """sha256 of what makes a page of a content."""
-    files = (__file__, caches.__file__, charts.__file__, compression.__file__, curves.__file__, downstream.__file__,
-             positions.__file__, TEMPLATE)
+    modules = (charts, curves, sections, *sections.MODULES)
+    files = (__file__, TEMPLATE, *(str(module.__file__) for module in modules))
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 

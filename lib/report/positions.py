@@ -8,7 +8,7 @@ they have; they are null for records of before there were any.
 from collections.abc import Callable
 from statistics import fmean
 
-from lib.tables import table
+from lib.tables import Section
 from lib.verdicts import NO_NUMBER, signed
 
 KEY = "val_loss_by_position"
@@ -59,10 +59,10 @@ def cells(step: dict) -> list[str]:
                             for part in _differences(step) or [])]
 
 
-def markdown(steps: list[dict]) -> str:
-    """The section of report.md; "" if no step was compared by position."""
-    found = rows(steps)
+def section(content: dict) -> Section | None:
+    """What a report shows of it, of the steps at their common rates; None if no step was compared by position."""
+    found = rows([step for step in content.get("steps") or [] if step.get("tuned") is None])
     if not any(not step.get("is_baseline") for step in found):
-        return ""
+        return None
     names = header(found)
-    return f"## By position\n\n{CAPTION}\n\n" + table(names, [cells(step) for step in found], "l" + "r" * (len(names) - 1))
+    return Section("By position", CAPTION, names, "l" + "r" * (len(names) - 1), [cells(step) for step in found])

@@ -3,7 +3,6 @@
 import pytest
 
 from lib.report import compression
-from lib.report.page import environment
 
 
 def record(before, pca, after, error=0.1):
@@ -44,13 +43,12 @@ def test_differences_are_paired_and_the_p_of_several_steps_corrected():
 
 def test_a_study_without_such_cells_has_no_section():
     assert compression.rows({"V0": [{"compression": None}], "V1": []}, "fixed") == []
-    assert compression.markdown([]) == ""
+    assert compression.section({}) is None
 
 
 def test_the_section():
-    text = compression.markdown(compression.rows({"C1": CLEAR, "C2": CLEAR[:1]}, "fixed"))
+    text = compression.section({"compression": compression.rows({"C1": CLEAR, "C2": CLEAR[:1]}, "fixed")}).markdown()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[4:]]
     assert lines[0] == compression.HEADER
     assert lines[2][:3] == ["C1", "3", "3.0000"] and lines[2][6:] == ["codec", "30.0 %", "20.0 %"]
     assert lines[3][3:7] == ["+0.2000", "+0.1000", "-0.1000", "fewer than 3 seeds"]
-    assert environment().globals["compression"] is compression

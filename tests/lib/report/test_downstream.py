@@ -7,7 +7,6 @@ import pytest
 from scipy import stats as scipy_stats
 
 from lib.report import downstream
-from lib.report.page import environment
 
 
 def test_one_seed_is_a_t_interval_over_items():
@@ -81,22 +80,22 @@ def test_other_items_are_left_out_and_that_is_said():
     found = downstream.rows([base, arm("V1", one([1, 1]), one([1, 1, 0], "more items"))])
     assert [(row["name"], row["seeds"], row["left_out"]) for row in found] == [("V0", 2, 1), ("V1", 1, 1)]
     assert found[1]["comparison"]["seeds"] == [0]
-    assert "left out: 1" in downstream.markdown(found)
+    assert "left out: 1" in downstream.section({"downstream": found}).markdown()
 
 
 def test_what_must_not_be_compared_gets_no_number_and_no_section_comes_of_nothing():
     found = downstream.rows([arm("V0", one([0, 1])), arm("V1", one([1, 1]), invalid=True)])
     assert found[1]["comparison"] is None and downstream.cells(found[1])[5] == "-"
-    assert downstream.rows([arm("V0", {}), arm("V1")]) == [] and downstream.markdown([]) == ""
+    assert downstream.rows([arm("V0", {}), arm("V1")]) == [] and downstream.section({}) is None
 
 
 def test_the_section():
     found = downstream.rows([arm("V0", one([0, 1]), one([1, 0])), arm("V1", one([1, 1]), one([1, 1]))])
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in downstream.markdown(found).splitlines()[4:]]
+    text = downstream.section({"downstream": found}).markdown()
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[4:]]
     assert lines[0] == downstream.HEADER
     assert lines[2] == ["task", "acc", "V0", "0.5000", "0.2500", "baseline", "", "2", "2"]
     assert lines[3][:3] == ["task", "acc", "V1"] and lines[3][5].startswith("+0.5000 (") and lines[3][6] == "items and seeds"
-    assert environment().globals["downstream"] is downstream
 
 
 def test_what_is_damaged_or_of_another_result_is_not_read(tmp_path):
