@@ -106,9 +106,8 @@ def digest(content: dict) -> str:
 
 def code() -> str:
     """sha256 of what makes a page of a content."""
-    modules = (charts, curves, sections, *sections.MODULES)
-    files = (__file__, TEMPLATE, *(str(module.__file__) for module in modules))
-    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+    sources = [__file__, *(str(module.__file__) for module in (charts, curves, sections, *sections.MODULES))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in [*map(Path, sources), TEMPLATE])).hexdigest()
 
 
 def is_current(path: Path, content: dict) -> bool:
