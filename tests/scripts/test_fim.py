@@ -14,7 +14,7 @@ from lib.cells import expand
 from lib.config import Study
 from lib.data import EvalSet, open_corpus
 from lib.launch import prepare
-from scripts import fim
+from scripts import describing, fim
 from tests.harness import MEASURED, ROOT, TINY, finish, refusal, run_here, snapshot
 
 SMALL = (*TINY[:2], *TINY[3:], "GPT2_MAX_ITERS=2", "GPT2_BLOCK_SIZE=24", "BATCH_SIZE=2", "GPT2_EVAL_SAMPLES=3",
@@ -56,7 +56,7 @@ def of_cells(out):
 
 
 def run(capsys, *arguments):
-    fim.main(list(arguments))
+    describing.main(fim.MEASURE, "", list(arguments))
     return capsys.readouterr().out
 
 
@@ -99,7 +99,7 @@ def test_a_trained_study_from_cells_to_table(study, capsys):
     by_seed = [own["V0", seed]["metrics"][name] for seed in seeds]
     assert v0["heads"][name]["min"] == min(by_seed) < max(by_seed) == v0["heads"][name]["max"] and g2["heads"][name] is None
     assert "| G2   |            |" in said and "not defined: its weights are not those of" in said
-    assert "positions 1 to 23 of 2 evaluation windows a cell" in said and "not the curvature of the loss" in said
+    assert "Positions 1 to 23 of 2 evaluation windows a cell" in said and "not the curvature of the loss" in said
     assert (out / "fisher.md").read_text() in said
 
 
@@ -159,19 +159,20 @@ def test_what_is_missing_says_so_and_is_no_number(study, capsys):
 
 def test_bad_input_is_one_sentence(study):
     out, cells = study
-    assert refusal(fim.main, ["--rows", "0"])[0] == "--rows 0 is below 1."
-    what, then = refusal(fim.main, [])
+    assert refusal(describing.main, fim.MEASURE, "", ["--rows", "0"])[0] == "--rows 0 is below 1."
+    what, then = refusal(describing.main, fim.MEASURE, "", [])
     assert what.endswith(f"has no finished cell with its model in {out}.")
     assert then == "run it with make first, with SAVE_MODEL=y."
     cell = cells[0]
     complete(out, cell)
     path = out / cell.name / "model.pt"
     checkpoint.save(path, model={}, identity="another")
-    assert refusal(fim.main, [])[0] == f"{path} is not the model of the result beside it."
+    assert refusal(describing.main, fim.MEASURE, "", [])[0] == f"{path} is not the model of the result beside it."
     path.write_bytes(b"torn")
-    assert refusal(fim.main, [])[0].startswith(f"{path} cannot be read")
+    assert refusal(describing.main, fim.MEASURE, "", [])[0].startswith(f"{path} cannot be read")
     finish(out, cell)  # evaluated on data with another hash
-    assert refusal(fim.main, [])[0] == f"the validation set of pystdlib is not the one that {cell.name} was evaluated on."
+    what, _ = refusal(describing.main, fim.MEASURE, "", [])
+    assert what == f"the validation set of pystdlib is not the one that {cell.name} was evaluated on."
     assert not (out / cell.name / "fisher.json").exists() and not (out / "fisher.json").exists()
 
 
@@ -180,16 +181,16 @@ def test_windows_are_spread_over_the_evaluation_set(study):
     corpus = open_corpus(cfg)
     whole = EvalSet(corpus.val, 3, 2, 24, 256)
     inputs = [x.tolist() for batch, _ in whole for x in batch]
-    windows = fim.Windows()
-    assert windows.choose(cfg, whole.hash, 3, "it").tolist() == [inputs[0], inputs[2], inputs[5]]
-    assert windows.choose(cfg, whole.hash, 99, "it").tolist() == inputs, "all where there are fewer"
-    assert windows.choose(cfg, whole.hash, 1, "it").tolist() == inputs[:1]
+    windows = describing.Windows()
+    assert windows.choose(cfg, whole.hash, 3, "it")[0].tolist() == [inputs[0], inputs[2], inputs[5]]
+    assert windows.choose(cfg, whole.hash, 99, "it")[0].tolist() == inputs, "all where there are fewer"
+    assert windows.choose(cfg, whole.hash, 1, "it")[0].tolist() == inputs[:1]
 
 
 def test_differences_are_paired_on_the_same_windows_only():
     def one(value, windows):
         return {"eval_hash": windows, "metrics": {"fisher/layer0/head0/trace": value}}
 
-    found = fim.difference({1: one(0.5, "a"), 2: one(0.9, "b"), 3: one(None, "a")},
+    found = describing.difference({1: one(0.5, "a"), 2: one(0.9, "b"), 3: one(None, "a")},
                            {1: one(0.25, "a"), 2: one(0.1, "a"), 3: one(0.5, "a"), 4: one(0.5, "a")}, "trace", stats.paired)
     assert found["by_seed"] == {"1": 0.25} and found["difference"] == 0.25 and found["n"] == 1
