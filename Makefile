@@ -91,7 +91,7 @@ endif
 # of the first group are its arguments.
 override STEP_TOOLS := plan estimate report check show bench-steps bench-train bench-attention bench-decode bench-ranks \
   compile-matrix
-override TOOLS := fim lm-eval export frontier ladder browse data randconfig diffconfig torture claims docs diagrams
+override TOOLS := fim lm-eval export frontier ladder browse data randconfig diffconfig torture defects claims docs diagrams
 .PHONY: $(STEP_TOOLS) $(TOOLS)
 $(STEP_TOOLS) $(TOOLS): $(SETUP)
 	$(Q)$(PYTHON) -m scripts.$(subst -,_,$@) $(if $(filter $@,$(STEP_TOOLS)),$(STEPS))
@@ -170,6 +170,7 @@ $(VENV)/.stamp: pyproject.toml requirements.txt constraints.txt
 test: $(SETUP) ## run the tests (no network, no GPU, under 10 minutes on 2 cores)
 	$(Q)$(PYTHON) -m pytest
 
+defects: ## plant known defects and count who refuses them: a dry run, make check, make test (FILE=name.json)
 torture: ## try to lose results: WHAT="kills disk hang clock damage fuzz random", or some (KILLS=200: all, in full)
 
 .PHONY: lint

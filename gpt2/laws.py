@@ -1,8 +1,12 @@
-"""The laws every step must obey, checked on the CPU in float32 in about a second a step.
+"""The laws every step must obey, checked on the CPU in float32 in a second or two a step.
 
 Sizes are checked on the full model on the meta device; behaviour on the same classes at the study's width and heads, cut
 to 2 layers, a vocabulary of 512 and a context of 32, so that the borders between blocks of tokens are crossed. Architecture
 is what they judge, so every step starts from the same streams, also one that trains under others (STREAMS).
+
+A start hides things: a gate at 0 makes a step the baseline, and what it would let through is not there to be seen. So
+causality and decoding are asked of the start, and again of weights far from it; and causality once more at the study's own
+context, for what goes wrong only beyond some number of tokens.
 
 A law is a function that takes a Subject and returns None, or one sentence on how the step breaks it. LAWS lists them in
 order; scripts/check.py runs them.
@@ -17,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from gpt2.causality import moved
 from gpt2.function_class import simplest
 from gpt2.model import GPT, expected_parameters
 from lib import optimizers
@@ -24,10 +29,11 @@ from lib import optimizers
 if TYPE_CHECKING:
     from lib.config import Config
 
-SMALL = {"GPT2_N_LAYER": 2, "VOCAB_SIZE": 512, "GPT2_BLOCK_SIZE": 32, "STREAMS": 0}
+SMALL = {"GPT2_N_LAYER": 2, "VOCAB_SIZE": 512, "GPT2_BLOCK_SIZE": 32, "STREAMS": 0, "GPT2_DROPOUT": 0.1}
 BATCH = 1  # `causality` adds rows, and so shows that rows do not see each other
 TOLERANCE = 2e-5  # of logits of size 1, between two orders of float32 sums
 SEQUENCES = 16  # after how many of them what has no gradient is dead
+SHAKEN = {1: 0.3, 2: 0.04}  # standard deviation of what is added to vectors, and to matrices (which start at 0.02)
 CHUNKS = (9, 1, 1, 7)  # cached decoding: a prompt, single tokens, a chunk on a prefix, then the rest
 
 
@@ -88,6 +94,18 @@ def same_start(s: Subject) -> str | None:
     return None
 
 
+def dropout(s: Subject) -> str | None:
+    """Every part of a block drops as much as the configuration says: an arm that drops less is another regulariser."""
+    for number, block in enumerate(s.model.transformer.h):
+        for name in ("attn", "mlp"):
+            part = getattr(block, name)
+            shares = [module.p for module in part.modules() if isinstance(module, torch.nn.Dropout)] if part is not None else []
+            if part is not None and set(shares) != {s.small.GPT2_DROPOUT}:
+                dropped = " and ".join(f"{share:g}" for share in sorted(set(shares))) or "nothing"
+                return f"{name} of layer {number} drops {dropped} of what it puts out, not {s.small.GPT2_DROPOUT:g}"
+    return None
+
+
 def differs(s: Subject) -> str | None:
     """A step differs from the baseline in its parameters or its function, unless it declares to equal it."""
     if s.reference is None:
@@ -110,28 +128,32 @@ def initial_loss(s: Subject) -> str | None:
 def causality(s: Subject) -> str | None:
     """No output at t depends on a token after t: rows that differ only after a border agree up to it."""
     T = s.x.size(1)
-    borders = torch.tensor([0, T // 2, T - 2])
-    later = torch.arange(T) > borders[:, None]
-    rows = torch.where(later, (s.x[:1] + 1) % s.small.VOCAB_SIZE, s.x[:1])
-    moved = (s.logits(rows) - s.start_logits[:1]).abs().amax(2).masked_fill(later, 0)
-    if not moved.max() <= TOLERANCE:
-        return f"outputs up to position {borders[moved.amax(1).argmax()]} move by {moved.max():.1e} with tokens after it"
+    if sentence := looks_ahead(s.model, s.x[0], [0, T // 2, T - 2]):
+        return sentence
     s.model.train()
     outputs = []
-    for tokens in (s.x[:1], rows[1:2]):
+    later = torch.arange(T) > T // 2
+    for tokens in (s.x[:1], torch.where(later, (s.x[:1] + 1) % s.small.VOCAB_SIZE, s.x[:1])):
         torch.manual_seed(0)  # the same dropout in both
         outputs.append(s.model(tokens)[0][:, :T // 2 + 1])
     worst = (outputs[0] - outputs[1]).abs().max().item()
     return None if worst <= TOLERANCE else f"in train mode, outputs up to position {T // 2} move by {worst:.1e}"
 
 
+def looks_ahead(model: GPT, tokens: torch.Tensor, borders: list[int] | None = None) -> str | None:
+    movement, border = moved(model.eval(), tokens, borders)
+    if movement <= TOLERANCE:
+        return None
+    return f"outputs up to position {border} move by {movement:.1e} of the largest logit with tokens after it"
+
+
 def decoding(s: Subject) -> str | None:
     """Decoding with a cache, in chunks and single tokens, equals the full forward pass."""
-    cache, parts, at = s.model.new_cache(BATCH, dtype=torch.float32), [], 0
+    cache, whole, parts, at = s.model.new_cache(BATCH, dtype=torch.float32), s.logits(s.x), [], 0
     for size in (*CHUNKS, s.x.size(1) - sum(CHUNKS)):
         parts.append(s.logits(s.x[:, at:at + size], cache))
         at += size
-    worst = (torch.cat(parts, 1) - s.start_logits).abs().max().item()
+    worst = ((torch.cat(parts, 1) - whole).abs().max() / whole.abs().max().clamp_min(1.0)).item()
     return None if worst <= TOLERANCE else f"cached decoding differs from the full forward pass by {worst:.1e}"
 
 
@@ -215,8 +237,37 @@ def function_class(s: Subject) -> str | None:
     return None if worst <= TOLERANCE else f"the model that it collapses to differs from it by {worst:.1e}"
 
 
-LAWS = (parameter_count, cache_bytes, same_start, differs, initial_loss, causality, decoding, gradients, optimizer_step,
-        save_and_load, function_class)
+@torch.no_grad()
+def shake(model: GPT) -> GPT:
+    """Move every parameter far from its start, by the same numbers each time."""
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.add_(torch.randn(p.shape, generator=generator), alpha=SHAKEN[min(p.ndim, 2)])
+    return model
+
+
+def away_from_the_start(s: Subject) -> str | None:
+    """Causality and decoding of weights that a training could reach. Needs to be the last law that asks this model."""
+    shake(s.model)
+    for law in (causality, decoding):
+        if sentence := law(s):
+            return f"with weights away from their start, {sentence}"
+    return None
+
+
+def whole_context(s: Subject) -> str | None:
+    """Causality at the study's own context, of weights away from their start."""
+    T = s.cfg.GPT2_BLOCK_SIZE
+    if T <= s.small.GPT2_BLOCK_SIZE:
+        return None
+    model = shake(GPT(s.small.replace(GPT2_BLOCK_SIZE=T)))
+    tokens = torch.randint(s.small.VOCAB_SIZE, (T,), generator=torch.Generator().manual_seed(0))
+    sentence = looks_ahead(model, tokens, [5 * T // 8 + 1])
+    return sentence and f"at the context of {T}, {sentence}"
+
+
+LAWS = (parameter_count, cache_bytes, same_start, dropout, differs, initial_loss, causality, decoding, gradients,
+        optimizer_step, save_and_load, function_class, away_from_the_start, whole_context)
 
 
 def broken_laws(subject: Subject) -> list[str]:

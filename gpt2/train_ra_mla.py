@@ -195,7 +195,7 @@ def train_cell(folder: Path, cfg: "Config", provenance: dict) -> int:
     # Imported here, so that bad input and --help do not wait for torch.
     import torch
 
-    from gpt2 import splicing
+    from gpt2 import causality, splicing
     from gpt2.kvsplice import codec_mode
     from gpt2.model import GPT
     from lib import checkpoint, finite, generations, loop, optimizers, results, runtime, slots, tracking
@@ -228,7 +228,7 @@ def train_cell(folder: Path, cfg: "Config", provenance: dict) -> int:
         tracker = tracking.open_tracker(cfg, folder, provenance)
         return tracking.MetricsLog(folder, keep, tracker)
 
-    state, reason, keeping = "done", None, cfg.SAVE_MODEL
+    state, reason, keeping, leak = "done", None, cfg.SAVE_MODEL, None
     progress = loop.Progress()
     clock = loop.Clock(progress, device, BEGUN)
     if cfg.EVALUATE_ONLY:  # what was trained is the parent's
@@ -258,12 +258,18 @@ def train_cell(folder: Path, cfg: "Config", provenance: dict) -> int:
                 progress.val_loss_by_position = loop.evaluate_by_position(cfg, model, evaluation_set(cfg, corpus), device)
             if not math.isfinite(progress.val_loss):
                 raise loop.Diverged(f"the validation loss with compressed values is {progress.val_loss}")
+        peak = max(progress.peak_memory_bytes, runtime.peak_memory_bytes(device))
+        clock.switch("eval")
+        with codec_mode(model, "splice" if cfg.KVSPLICE else "off"):
+            first, _ = next(iter(evaluation_set(cfg, corpus)))
+            leak = causality.of_trained(model, torch.from_numpy(first[0]).to(device))
     except loop.Interrupted:
         return process.EXIT_INTERRUPTED
     except loop.Diverged as error:
         if not group.first:
             return 0
         state, reason = "diverged", str(error)
+        peak = max(progress.peak_memory_bytes, runtime.peak_memory_bytes(device))
         progress.val_loss = progress.val_loss_by_position = None  # a value from the middle of the run is no result
         if keeping and (name := finite.not_finite(dict(model.named_parameters()))):
             keeping, found = bring_back(model, folder)
@@ -280,7 +286,7 @@ def train_cell(folder: Path, cfg: "Config", provenance: dict) -> int:
         folder, provenance, state, reason, inactive=progress.inactive,
         val_loss=progress.val_loss, val_perplexity=loop.perplexity(progress.val_loss), compression=compression,
         val_loss_by_position=progress.val_loss_by_position, best_val_loss=progress.best_val_loss,
-        train_loss=progress.train_loss, iterations=progress.iteration, tokens=tokens,
+        train_loss=progress.train_loss, future_leak=leak, iterations=progress.iteration, tokens=tokens,
         train_seconds=clocks["train"], tokens_per_second=tokens / clocks["train"] if clocks["train"] else None,
         budget_progress=Budget.from_config(cfg).progress(progress.iteration, clocks["train"]),
         start_seconds=progress.start_seconds, compile_seconds=clocks["compile"], eval_seconds=clocks["eval"],
@@ -288,7 +294,7 @@ def train_cell(folder: Path, cfg: "Config", provenance: dict) -> int:
         other_seconds=clocks["other"], resumed=progress.resumed, shared_device=slots.shared(folder),
         parameters=sum(p.numel() for p in model.parameters()), sizes=model.sizes(),
         kv_cache_bytes=cache.nbytes(), kv_cache_parts=cache.parts(),
-        peak_memory_bytes=max(progress.peak_memory_bytes, runtime.peak_memory_bytes(device)),
+        peak_memory_bytes=peak,
         data=corpus.record() | {"eval_hash": progress.eval_hash, "unigram_entropy": progress.unigram_entropy},
         environment=environment,
         configuration=cfg.as_json(), started=started, finished=datetime.now(UTC).isoformat(timespec="seconds"))

@@ -11,6 +11,8 @@ from typing import Any
 
 from lib.kconfig import BUDGET
 
+LEAK = 1e-4  # of the largest logit: what outputs of a causal model may move by with later tokens, in float32
+
 
 def experiment(record: dict) -> dict:
     """Facts that must be equal in all cells of a comparison."""
@@ -54,6 +56,9 @@ def own_failures(name: str, record: dict) -> list[str]:
     found = []
     if record["inactive"]:
         found.append(f"mechanism never active: {name}: {record['inactive']}")
+    if (leak := record["future_leak"]) is not None and leak > LEAK:
+        found.append(f"it looks into the future: {name}: outputs moved with tokens after them, by {leak:.2g} of the largest "
+                     "logit")
     progress = record["budget_progress"]
     if progress is None or progress < 1:
         reached = "is not recorded" if progress is None else f"ended at {100 * progress:.0f} %"

@@ -2,8 +2,9 @@
 
 Every record has all KEYS; what was not measured is null. `state` is done, diverged or failed, with a `reason` for the
 latter two. `inactive` says of a cell whose mechanism never acted within its budget why; it must not be compared.
-`val_loss_by_position` is the loss in each of several equal parts of the context, from its begin to its end. `shared_device`
-says whether another cell ran on its device meanwhile. The file is strict JSON and the last file a cell writes.
+`val_loss_by_position` is the loss in each of several equal parts of the context, from its begin to its end. `future_leak` is
+how far outputs of the trained model moved with tokens after them, of its largest logit. `shared_device` says whether another
+cell ran on its device meanwhile. The file is strict JSON and the last file a cell writes.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ STATES = ("done", "diverged", "failed")
 KEYS = (
     "format", "state", "reason", "inactive", "study", "step", "optimizer", "seed", "identity",
     "val_loss", "val_perplexity", "val_loss_by_position", "best_val_loss", "train_loss",
-    "iterations", "tokens", "train_seconds", "tokens_per_second", "budget_progress",
+    "future_leak", "iterations", "tokens", "train_seconds", "tokens_per_second", "budget_progress",
     "start_seconds", "compile_seconds", "eval_seconds", "calibration_seconds", "checkpoint_seconds", "other_seconds", "resumed",
     "shared_device", "parameters", "sizes", "kv_cache_bytes", "kv_cache_parts", "peak_memory_bytes", "compression",
     "data", "environment", "configuration", "started", "finished", "checksum",
@@ -36,7 +37,7 @@ KINDS = {
     **dict.fromkeys(("reason", "inactive", "study", "step", "optimizer", "started", "finished", "checksum"), "text"),
     **dict.fromkeys(("seed", "iterations", "tokens", "resumed", "parameters", "kv_cache_bytes", "peak_memory_bytes"), "count"),
     **dict.fromkeys(("train_seconds", "tokens_per_second", "budget_progress", "start_seconds", "compile_seconds",
-                     "eval_seconds", "calibration_seconds", "checkpoint_seconds", "other_seconds"), "amount"),
+                     "eval_seconds", "calibration_seconds", "checkpoint_seconds", "other_seconds", "future_leak"), "amount"),
     **dict.fromkeys(("val_loss", "val_perplexity", "best_val_loss", "train_loss"), "number"),
     **dict.fromkeys(("sizes", "data", "environment", "configuration"), "table"),
     "val_loss_by_position": "list of numbers", "shared_device": "flag",

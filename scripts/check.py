@@ -53,7 +53,9 @@ def check_steps(study: Study, steps: list[str], full: bool = False) -> int:
             print(f"BROKEN {step}: {sentence}")
     one = resolved[first]
     print(f"{len(resolved) - len(failures)} of {len(resolved)} steps obey the laws; sizes at {one.GPT2_N_LAYER} layers x "
-          f"{one.GPT2_N_EMBD}, context {one.GPT2_BLOCK_SIZE}, cache of one sequence in 2 bytes")
+          f"{one.GPT2_N_EMBD}, context {one.GPT2_BLOCK_SIZE}, cache of one sequence in 2 bytes; laws at "
+          f"{one.GPT2_N_LAYER if full else SMALL['GPT2_N_LAYER']} layers, {SMALL['GPT2_BLOCK_SIZE']} tokens, causality also at "
+          f"{max(one.GPT2_BLOCK_SIZE, SMALL['GPT2_BLOCK_SIZE'])}")
     for known in classes.values():
         if known.relation == "inside":
             print(known.sentence)

@@ -38,7 +38,7 @@ def words(text):
 GOALS = set(words("""
 run cells plan estimate report show slurm slurm-status slurm-cancel fim lm-eval export check data tune-lr browse pack unpack
 menuconfig nconfig oldconfig olddefconfig listnewconfig savedefconfig list-defconfigs list-steps diffconfig
-setup test torture lint claims docs diagrams bench-check bench-overhead bench-stats bench-steps bench-train
+setup test torture defects lint claims docs diagrams bench-check bench-overhead bench-stats bench-steps bench-train
 bench-attention bench-decode bench-ranks compile-matrix frontier ladder sample doctor randconfig clean mrproper help
 """))
 
@@ -52,9 +52,9 @@ STATES = {"planned", "running", "interrupted", "stale", "done", "diverged", "fai
 
 KEYS = words("""
 format state reason inactive study step optimizer seed identity val_loss val_perplexity val_loss_by_position best_val_loss
-train_loss iterations tokens train_seconds tokens_per_second budget_progress start_seconds compile_seconds eval_seconds
-calibration_seconds checkpoint_seconds other_seconds resumed shared_device parameters sizes kv_cache_bytes kv_cache_parts
-peak_memory_bytes compression data environment configuration started finished checksum
+train_loss future_leak iterations tokens train_seconds tokens_per_second budget_progress start_seconds compile_seconds
+eval_seconds calibration_seconds checkpoint_seconds other_seconds resumed shared_device parameters sizes kv_cache_bytes
+kv_cache_parts peak_memory_bytes compression data environment configuration started finished checksum
 """)
 
 # Symbols of a cell's identity: removing or renaming one, or changing its default, makes finished cells stale.

@@ -16,6 +16,28 @@ class Leaky(CausalSelfAttention):
         return attended + 1e-3 * values.mean(2, keepdim=True)
 
 
+class ShyLeak(CausalSelfAttention):
+    """The same behind a gate that is 0 at the start."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def combine(self, attended, values, x):
+        return attended + self.gate * values.mean(2, keepdim=True)
+
+    @staticmethod
+    def extra_parameters(cfg):
+        return 1
+
+
+class LongLeak(CausalSelfAttention):
+    """The same beyond 100 tokens only, as a border of a block that is drawn wrongly."""
+
+    def combine(self, attended, values, x):
+        return attended + 1e-3 * values.mean(2, keepdim=True) if values.size(2) > 100 else attended
+
+
 class FirstKeyOnly(CausalSelfAttention):
     """In decoding, a single query sees position 0 only, as is_causal=True with one row would have it."""
 
@@ -27,6 +49,14 @@ class FirstKeyOnly(CausalSelfAttention):
         out = super().forward(x, cache)
         cache.keys.copy_(true_keys)
         return out
+
+
+class Undropped(MLP):
+    """Leaves out the dropout."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.dropout = nn.Identity()
 
 
 class Dead(MLP):

@@ -30,7 +30,9 @@ def test_a_twin_of_the_baseline_may_itself_be_the_baseline(configuration, refere
 
 @pytest.mark.parametrize("kind, name, law", [
     ("ATTENTION", "Leaky", "causality: outputs up to position"),
+    ("ATTENTION", "ShyLeak", "away_from_the_start: with weights away from their start, outputs up to position"),
     ("ATTENTION", "FirstKeyOnly", "decoding: cached decoding differs from the full forward pass by"),
+    ("MLP", "Undropped", "dropout: mlp of layer 0 drops nothing of what it puts out, not 0.1"),
     ("MLP", "Dead", "gradients: transformer.h.0.mlp.unused receives no gradient"),
     ("MLP", "Detached", "gradients: 1 of 1 rows of transformer.h.0.mlp.scale receive no gradient"),
     ("MLP", "Uncounted", "parameter_count: the full model has"),
@@ -43,6 +45,13 @@ def test_a_planted_defect_breaks_its_law(configuration, reference, kind, name, l
     cfg = configuration("V0", GPT2_BLOCK_SIZE=32).replace(**{f"{kind}_CLASS": f"tests.gpt2.broken:{name}"})
     broken = broken_laws(Subject("X", cfg, None, reference))
     assert any(sentence.startswith(law) for sentence in broken), broken
+
+
+def test_causality_is_asked_at_the_studys_own_context(configuration):
+    cfg = configuration("V0", GPT2_BLOCK_SIZE=128).replace(ATTENTION_CLASS="tests.gpt2.broken:LongLeak")
+    broken = broken_laws(Subject("X", cfg))
+    assert len(broken) == 1 and broken[0].startswith("whole_context: at the context of 128, outputs up to position 81 move by ")
+    assert broken_laws(Subject("V0", configuration("V0", GPT2_BLOCK_SIZE=128))) == []
 
 
 def test_features_that_one_sequence_leaves_off_are_not_dead():

@@ -39,7 +39,7 @@ def test_a_cell_by_hand_from_any_folder(tmp_path):
     assert record["parameters"] > 0 and record["kv_cache_bytes"] == 2 * 2 * 32 * 128 * 4
     assert record["kv_cache_parts"] == {"keys": 2 * 32 * 128 * 4, "values": 2 * 32 * 128 * 4}
     assert record["data"]["unigram_entropy"] > 2 and record["environment"]["precision"] == "float32"
-    assert record["inactive"] is None and (tmp_path / "cell/model.pt").exists()
+    assert record["inactive"] is None and (tmp_path / "cell/model.pt").exists() and 0 <= record["future_leak"] < 1e-6
     again = by_hand("--ra-mla-ablation-step", "V1@RA_R=8", "--seed", "7", "--out", "cell", *FAST, cwd=tmp_path)
     assert again.returncode == 2 and "already holds this result" in again.stderr
     other = by_hand("--ra-mla-ablation-step", "V1@RA_R=4", "--seed", "7", "--out", "cell", *FAST, cwd=tmp_path)

@@ -78,6 +78,8 @@ def test_equal_arms_pass():
     ("environment__sources", None, "source is not recorded: V1 seed 2"),
     ("budget_progress", 0.97, "schedule did not reach its end: that of V1 seed 2 ended at 97 %"),
     ("budget_progress", None, "schedule did not reach its end: that of V1 seed 2 is not recorded"),
+    ("future_leak", 0.25, "it looks into the future: V1 seed 2: outputs moved with tokens after them, by 0.25 of the largest "
+     "logit"),
     ("inactive", "h.0: the coupling stayed at 0", "mechanism never active: V1 seed 2: h.0: the coupling stayed at 0"),
 ])
 def test_each_gate_names_its_field_and_who_differs(change, value, sentence):
