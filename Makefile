@@ -104,7 +104,7 @@ $(STEP_GOALS): $(if $(filter slurm% cells tune-lr sample $(STEP_TOOLS) $(filter-
 plan: ## list the study's cells, their state, and why each would run
 estimate: ## say what the study takes on 1, 4 and 8 GPUs, and the seeds its margin needs (ALL=1 tries every step)
 report: ## print the report of what is on disk and write it as md, csv, json, html and png
-check: ## prove every architecture of the study on the CPU (STUDY=name, ALL=1 every step, FULL=1 real depth)
+check: ## prove every architecture of the study on the CPU (STUDY=name STEP="V3@RA_R=8", ALL=1 every step, FULL=1 real depth)
 show: ## say what a step is: formula, symbols, parameters, cache (make show V3, or STEP=V3@RA_R=8)
 data: ## prepare the configured data set, or check the one that is there
 

@@ -27,7 +27,10 @@ from lib.paths import ROOT, shown
 from lib.steps import step_path
 
 DEFAULT_STUDY = "gpt2-ra-ablation+tiny"
-OF_MAKE = ("SEED", "SEEDS", "MAX_SEEDS", "JOBS", "STUDY")  # symbols that are variables of the Makefile too
+# What the Makefile reads of its command line. Five of them are symbols too.
+OF_MAKE = ("OUT", "SEEDS", "TIME", "UNTIL", "MAX_SEEDS", "JOBS", "LOOK", "TUNE", "RETRY", "NAME", "STUDY", "ALL", "FULL", "A",
+           "B", "FILE", "PEER", "PORT", "FROM", "PROMPT", "TOKENS", "KCONFIG_SEED", "KILLS", "SEED", "WHAT", "STEP", "CELL", "TO",
+           "TASKS", "LIMIT", "V", "PYTHON", "PYTHON3")
 STEP_SPEC = re.compile(r"([A-Za-z][A-Za-z0-9_]*)(?:@(.+))?")
 # What describes the study as a whole; in a step it would be silently without effect.
 OF_THE_STUDY = ("SEED", "SEEDS", "STUDY", "ABLATION_STEPS", "BASELINE", "CONTRASTS", "OPTIMIZERS", "OUTPUT_DIR", "MARGIN",
@@ -213,12 +216,22 @@ class Study:
 
 
 def announce(study: Study) -> None:
-    """Say so when there is no .config and the default study is used. UserError for a symbol that stands on make's command
-    line, where make would take it for a variable that nobody asks for."""
+    """Say so when there is no .config and the default study is used. UserError for what stands on make's command line and
+    would be a variable that nobody asks for: a symbol, or a name like one that is known. Any other name may be meant for what
+    make starts, as CUDA_VISIBLE_DEVICES is."""
     given = re.findall(r"(?<!\\) (\w+)=", " " + os.environ.get("MAKEFLAGS", "").partition("-- ")[2])
     if idle := [name for name in given if name in study.schema.symbols and name not in (*BUDGET, *OF_MAKE)]:
         raise UserError(f"{idle[0]}= does nothing on make's command line: it is a symbol of the configuration.",
                         "set it in make menuconfig; for one step, ABLATION_STEPS takes STEP@SYMBOL=VALUE.")
+    known = (*OF_MAKE, *BUDGET)
+    for name in given:
+        if name == "STEPS":
+            raise UserError("STEPS= is no variable of make here.",
+                            "name steps as goals (make plan V0 V1), or set ABLATION_STEPS.")
+        near = [one for one in known if one.endswith(f"_{name}")] or difflib.get_close_matches(name, known, 2, 0.75)
+        if name not in known and near:
+            raise UserError(f"{name}= is no variable of make here.",
+                            f"did you mean {' or '.join(f'{one}=' for one in near)} (make help)?")
     if study.is_fallback:
         print(f"no .config: using the study {DEFAULT_STUDY} (make list-defconfigs shows the others)", file=sys.stderr)
 

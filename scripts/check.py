@@ -1,6 +1,7 @@
 """Prove every architecture of the study on the CPU: sizes, start, causality, decoding, gradients, state.
 
-STUDY=name checks another study, ALL=1 every step there is, FULL=1 at real depth. Leaves .config and results alone.
+STUDY=name checks another study, STEP="V3@RA_R=8" only these steps, ALL=1 every step there is, FULL=1
+at real depth. Leaves .config and results alone.
 """
 
 import argparse
@@ -73,7 +74,8 @@ def main() -> int:
     get = os.environ.get
     study = Study(get("STUDY") or None)
     announce(study)
-    steps = args.steps or (list(step_files()) if get("ALL", "") not in ("", "0") else steps_of(study))
+    everything = list(step_files()) if get("ALL", "") not in ("", "0") else steps_of(study)
+    steps = args.steps or get("STEP", "").split() or everything
     return check_steps(study, steps, get("FULL", "") not in ("", "0"))
 
 

@@ -3,17 +3,28 @@
 import copy
 import json
 import pickle
+import re
 from fractions import Fraction
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lib.config import Config, Study, announce, defconfig_layers, environment_overrides, identity_changes, load, parse_step
+from lib.config import (
+    OF_MAKE,
+    Config,
+    Study,
+    announce,
+    defconfig_layers,
+    environment_overrides,
+    identity_changes,
+    load,
+    parse_step,
+)
 from lib.errors import UserError
 from lib.kconfig import Assignment, Schema, read_layer
 from lib.steps import step_files, step_header, step_path
-from tests.harness import TINY, refusal
+from tests.harness import ROOT, TINY, refusal
 
 SCHEMA = Schema()
 BUDGETS = ("GPT2_MAX_TIME", "GPT2_MAX_ITERS", "GPT2_MAX_TOKENS")
@@ -340,6 +351,27 @@ def test_any_dotconfig_holds_what_it_says_or_is_refused(tmp_path_factory, text):
     SCHEMA.apply(found.base, verify=False)
     for a in read_layer(path):
         assert SCHEMA.symbols[a.name].str_value == a.value
+
+
+@pytest.mark.parametrize("typed, meant", [
+    ("SEEDZ=3", "did you mean SEED= or SEEDS= (make help)?"), ("MAX_ITERS=10", "did you mean GPT2_MAX_ITERS= (make help)?"),
+    ("GPT2_MAXTIME=5", "did you mean GPT2_MAX_TIME= or GPT2_MAX_ITERS= (make help)?"), ("OUTT=x", "did you mean OUT= (make help)?"),
+    ("STEPS=V0\\ V1", "name steps as goals (make plan V0 V1), or set ABLATION_STEPS."),
+    ("CUDA_VISIBLE_DEVICES=0 OMP_NUM_THREADS=2 HF_HOME=/x CC=gcc", None)])
+def test_a_variable_that_nobody_asks_for_is_refused_if_it_looks_like_another(monkeypatch, dotconfig, typed, meant):
+    dotconfig()
+    monkeypatch.setenv("MAKEFLAGS", f" -j2 -- OUT=/x {typed}")
+    if meant is None:
+        announce(Study())
+        return
+    assert refusal(announce, Study()) == (f"{typed.partition('=')[0]}= is no variable of make here.", meant)
+
+
+def test_the_variables_of_make_are_those_that_the_makefile_reads():
+    text = (ROOT / "Makefile").read_text()
+    listed = re.search(r"foreach v,([A-Z0-9_,]+(?:[A-Z0-9_ ]+)),", text)[1].split()
+    asked = re.findall(r"call on_command_line,([A-Z_]+)\)", text)
+    assert {*listed, *asked, "V", "PYTHON", "PYTHON3"} == set(OF_MAKE) and len(set(OF_MAKE)) == len(OF_MAKE)
 
 
 @pytest.mark.parametrize("flags, idle", [
