@@ -29,8 +29,8 @@ from lib.steps import step_path
 DEFAULT_STUDY = "gpt2-ra-ablation+tiny"
 # What the Makefile reads of its command line. Five of them are symbols too.
 OF_MAKE = ("OUT", "SEEDS", "TIME", "UNTIL", "MAX_SEEDS", "JOBS", "LOOK", "TUNE", "RETRY", "NAME", "STUDY", "ALL", "FULL", "A",
-           "B", "FILE", "PEER", "PORT", "FROM", "PROMPT", "TOKENS", "KCONFIG_SEED", "KILLS", "SEED", "WHAT", "STEP", "CELL", "TO",
-           "TASKS", "LIMIT", "V", "PYTHON", "PYTHON3")
+           "B", "FILE", "PEER", "PORT", "FROM", "PROMPT", "TOKENS", "KCONFIG_SEED", "KILLS", "SEED", "WHAT", "STEP", "CELL",
+           "TO", "TASKS", "LIMIT", "V", "PYTHON", "PYTHON3")
 STEP_SPEC = re.compile(r"([A-Za-z][A-Za-z0-9_]*)(?:@(.+))?")
 # What describes the study as a whole; in a step it would be silently without effect.
 OF_THE_STUDY = ("SEED", "SEEDS", "STUDY", "ABLATION_STEPS", "BASELINE", "CONTRASTS", "OPTIMIZERS", "OUTPUT_DIR", "MARGIN",

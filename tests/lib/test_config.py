@@ -355,7 +355,8 @@ def test_any_dotconfig_holds_what_it_says_or_is_refused(tmp_path_factory, text):
 
 @pytest.mark.parametrize("typed, meant", [
     ("SEEDZ=3", "did you mean SEED= or SEEDS= (make help)?"), ("MAX_ITERS=10", "did you mean GPT2_MAX_ITERS= (make help)?"),
-    ("GPT2_MAXTIME=5", "did you mean GPT2_MAX_TIME= or GPT2_MAX_ITERS= (make help)?"), ("OUTT=x", "did you mean OUT= (make help)?"),
+    ("GPT2_MAXTIME=5", "did you mean GPT2_MAX_TIME= or GPT2_MAX_ITERS= (make help)?"),
+    ("OUTT=x", "did you mean OUT= (make help)?"),
     ("STEPS=V0\\ V1", "name steps as goals (make plan V0 V1), or set ABLATION_STEPS."),
     ("CUDA_VISIBLE_DEVICES=0 OMP_NUM_THREADS=2 HF_HOME=/x CC=gcc", None)])
 def test_a_variable_that_nobody_asks_for_is_refused_if_it_looks_like_another(monkeypatch, dotconfig, typed, meant):
