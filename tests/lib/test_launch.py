@@ -160,6 +160,17 @@ def test_one_stop_that_arrives_twice_is_one_and_a_later_one_kills(tmp_path, numb
     assert not subprocess.run(["pgrep", "-f", "^sleep 60$"], capture_output=True, text=True).stdout
 
 
+def test_a_cell_that_ends_although_it_was_asked_to_stop_is_no_error_of_make(tmp_path):
+    """Asked in its last second, it ends as if nobody had asked, with its result."""
+    program = ("signal.signal(signal.SIGTERM, lambda *_: open(folder + '/told', 'w'))\nopen(folder + '/up', 'w')\n"
+               "while not os.path.exists(folder + '/told'): time.sleep(0.05)\nsys.exit(3)")
+    launcher = subprocess.Popen(plan(tmp_path, program), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "cell/up").exists())
+    launcher.send_signal(signal.SIGINT)
+    launcher.communicate(timeout=30)
+    assert launcher.returncode == 0 and results.read(tmp_path / "cell")["reason"].startswith("exit status 3")
+
+
 HANGS = """import subprocess
 from lib import process
 helper = subprocess.Popen(["sleep", "60"])
