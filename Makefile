@@ -91,7 +91,7 @@ endif
 # of the first group are its arguments.
 override STEP_TOOLS := plan estimate report check show bench-steps bench-train bench-attention bench-decode bench-ranks \
   compile-matrix
-override TOOLS := fim lm-eval export frontier ladder browse data randconfig diffconfig torture defects claims docs diagrams
+override TOOLS := fim curvature routing lm-eval export frontier ladder browse data randconfig diffconfig torture defects claims docs diagrams
 .PHONY: $(STEP_TOOLS) $(TOOLS)
 $(STEP_TOOLS) $(TOOLS): $(SETUP)
 	$(Q)$(PYTHON) -m scripts.$(subst -,_,$@) $(if $(filter $@,$(STEP_TOOLS)),$(STEPS))
@@ -128,6 +128,8 @@ ladder: ## say how effects change with the size of the model (FROM="folder folde
 lm-eval: ## evaluate finished cells on tasks (TASKS=arc_easy,hellaswag LIMIT=100 CELL=one or several, default: all)
 export: ## write a finished cell for Hugging Face's transformers: CELL=name-or-folder TO=folder
 fim: ## Fisher metrics of the attention of the study's finished cells, with the spread over seeds
+curvature: ## eigenvalues and trace of the Hessian of the loss, of the study's finished cells
+routing: ## whether a token's shift, or its router's choice, tells what it gains by the full path
 .PHONY: sample
 sample: $(SETUP) ## write text with a finished cell: make sample V0 PROMPT="def main" TOKENS=200
 	$(Q)$(PYTHON) gpt2/sample.py $(STEPS)

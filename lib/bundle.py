@@ -7,8 +7,8 @@ all of it is judged before anything of the study is touched. A cell then appears
 because its identity is that of the configured study's cell. What is finished here is never replaced; what is replaced goes
 to archive/.
 
-What was measured of a cell's model afterwards (fisher.json; lm_eval.json with the items of its tasks) travels with it and is
-no part of its result: it does not make two results differ, and is added to a finished cell that has none.
+What was measured of a cell's model afterwards (fisher.json and its like; lm_eval.json with the items of its tasks) travels
+with it and is no part of its result: it does not make two results differ, and is added to a finished cell that has none.
 """
 
 import gzip
@@ -35,8 +35,9 @@ from lib.plan import Plan
 
 CELL_FILES = (".config", "provenance.json", "metrics.json", "metrics.jsonl", "training.log")
 NEEDED = CELL_FILES[:3]
-# What needs the weights, of scripts/fim.py and scripts/lm_eval.py: {the file that says what was measured: others it speaks of}.
-AFTERWARDS = {"fisher.json": None, "lm_eval.json": re.compile(r"lm_eval_[A-Za-z0-9_-]{1,200}\.jsonl")}
+# What needs the weights, of scripts/describing and scripts/lm_eval.py: {the file that says what was measured: others of it}.
+AFTERWARDS = {"fisher.json": None, "curvature.json": None, "routing.json": None,
+              "lm_eval.json": re.compile(r"lm_eval_[A-Za-z0-9_-]{1,200}\.jsonl")}
 CELL = re.compile(r"test_[A-Za-z0-9_.+-]+")
 NAMES = [*map(re.escape, (*CELL_FILES, *AFTERWARDS)), *(others.pattern for others in AFTERWARDS.values() if others)]
 MEMBER = re.compile(rf"({CELL.pattern})/(?:{'|'.join(NAMES)})|plan/(?:[0-9a-f]{{16}}|design)\.json")

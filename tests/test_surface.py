@@ -36,8 +36,9 @@ def words(text):
 
 
 GOALS = set(words("""
-run cells plan estimate report show slurm slurm-status slurm-cancel fim lm-eval export check data tune-lr browse pack unpack
-menuconfig nconfig oldconfig olddefconfig listnewconfig savedefconfig list-defconfigs list-steps diffconfig
+run cells plan estimate report show slurm slurm-status slurm-cancel fim curvature routing lm-eval export check data
+tune-lr browse pack unpack menuconfig nconfig oldconfig olddefconfig listnewconfig savedefconfig list-defconfigs
+list-steps diffconfig
 setup test torture defects lint claims docs diagrams bench-check bench-overhead bench-stats bench-steps bench-train
 bench-attention bench-decode bench-ranks compile-matrix frontier ladder sample doctor randconfig clean mrproper help
 """))

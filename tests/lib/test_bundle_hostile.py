@@ -296,7 +296,8 @@ def test_a_name_is_taken_only_if_it_is_a_file_right_below_a_cell_or_the_plan(nam
     parts = name.split("/")
     assert len(parts) == 2 and name.isascii() and name.isprintable() and " " not in name and "\\" not in name
     assert os.path.normpath(name) == name and not os.path.isabs(name)
-    known = parts[1] in FILES or re.fullmatch(r"lm_eval(_[A-Za-z0-9_-]+\.jsonl|\.json)", parts[1])
+    known = parts[1] in (*FILES, "curvature.json", "routing.json") or (
+        re.fullmatch(r"lm_eval(_[A-Za-z0-9_-]+\.jsonl|\.json)", parts[1]))
     assert (known and parts[0] == folder and folder.startswith("test_") and len(folder) <= 240
             ) or (parts[0] == "plan" and folder == "" and parts[1].endswith(".json"))
 
