@@ -16,7 +16,7 @@ Sources: Lanczos 1950; Hutchinson 1990; Ghorbani et al. 2019 (arXiv 1901.10159) 
 vectors on the host in float64, 1 GB each for GPT-2; here they stay on the device in float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class NoSecondDerivative(Exception):
 class Hessian:
     """H of the mean of `losses`, each a function that computes its own graph, in `parameters`; vectors are flat, float32."""
 
-    def __init__(self, losses: list[Callable[[], torch.Tensor]], parameters: list[torch.nn.Parameter]):
+    def __init__(self, losses: Sequence[Callable[[], torch.Tensor]], parameters: list[torch.nn.Parameter]):
         self.losses, self.parameters = losses, parameters
         self.size = sum(p.numel() for p in parameters)
 
@@ -130,7 +130,7 @@ def trace(times: Callable[[torch.Tensor], torch.Tensor], size: int, device: torc
     return values.mean().item(), (values.std() / probes ** 0.5).item() if probes > 1 else float("nan")
 
 
-def measure(losses: list[Callable[[], torch.Tensor]], parameters: list[torch.nn.Parameter], iterations: int,
+def measure(losses: Sequence[Callable[[], torch.Tensor]], parameters: list[torch.nn.Parameter], iterations: int,
             probes: int) -> dict[str, float | None]:
     """METRICS of the mean of `losses`. NoSecondDerivative where there is no Hessian."""
     hessian = Hessian(losses, parameters)
