@@ -35,9 +35,8 @@ MAKES_NO_NUMBER = (
     "lib/archiving.py", "lib/batch_size.py", "lib/cells.py", "lib/cluster.py", "lib/cluster_job.py", "lib/launch.py",
     "lib/makefile.py", "lib/own_process.py", "lib/plan.py", "lib/tables.py", "lib/terminal.py", "lib/tuning.py",
     # Judges mechanisms without training; makes data sets, which are recorded by their own hashes.
-    "gpt2/laws.py", "gpt2/causality.py", "gpt2/function_class.py", "gpt2/fisher.py", "gpt2/routing.py",
-    "lib/curvature.py", "lib/data/prepare.py",
-    "lib/data/shards.py",
+    "gpt2/laws.py", "gpt2/function_class.py", "gpt2/fisher.py", "gpt2/routing.py",
+    "lib/curvature.py", "lib/data/prepare.py", "lib/data/shards.py",
     # Writes text with a trained model, and measures it.
     "gpt2/sample.py", "gpt2/decode_costs.py", "gpt2/hf_tokenizer.py",
     # Asks a trained model what downstream tasks ask.

@@ -153,7 +153,7 @@ def measure(what: Measure, folder: Path, cell: Any, record: dict, windows: Windo
 
 
 def measure_all(what: Measure, plan: Plan, counts: dict) -> tuple[dict, dict]:
-    """({cell name: its file's content}, {cell name: why it has none}), a line printed for each cell that is measured."""
+    """({cell name: its file's content}, {cell or step: why it has none}), a line printed for each cell that is measured."""
     found, missing, windows = {}, {}, Windows()
     for cell, status in plan.found(plan.common):
         folder = plan.out / cell.name
@@ -161,7 +161,7 @@ def measure_all(what: Measure, plan: Plan, counts: dict) -> tuple[dict, dict]:
             missing[cell.name] = f"{status.state}: {status.why}"
             continue
         if not what.names(cell.resolved.config):
-            missing[cell.name] = what.absent
+            missing[cell.step] = what.absent  # once a step: it is so for every seed
             continue
         held = read(what, folder, cell.resolved.config)
         if held is not None and held.items() >= basis(status.record, counts).items():

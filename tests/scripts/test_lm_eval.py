@@ -114,7 +114,7 @@ def test_a_study_evaluated_twice_and_reported(study, capsys, monkeypatch):
     d = [[a - b for a, b in zip(cells["MLA0", seed], cells["V0", seed], strict=True)] for seed in (1, 2)]
     assert row["comparison"] == downstream.paired(d) | {"seeds": [1, 2], "items": 12}
     assert "## Downstream tasks" in markdown.render(found)
-    assert 'id="downstream"' in page.render(found, {})
+    assert 'id="downstream-tasks"' in page.render(found, {})
 
     # again: nothing is computed, until something has changed
     monkeypatch.setattr(lm_eval, "model_of", None)

@@ -481,8 +481,8 @@ WRITERS = {
     "lib/batch_size.py", "lib/bundle.py", "lib/checkpoint.py", "lib/cluster.py", "lib/data/shards.py", "lib/design.py",
     "lib/generations.py",
     "lib/launch.py", "lib/loop.py", "lib/makefile.py", "lib/report/files.py", "lib/results.py", "lib/tracking.py",
-    "gpt2/kvsplice.py", "gpt2/splicing.py", "gpt2/train_ra_mla.py", "scripts/browse.py", "scripts/fim.py", "scripts/kconfig.py",
-    "scripts/report.py",
+    "gpt2/kvsplice.py", "gpt2/splicing.py", "gpt2/train_ra_mla.py", "scripts/browse.py", "scripts/kconfig.py",
+    "scripts/describing/__init__.py", "scripts/report.py",
     "scripts/lm_eval.py",  # scores of finished cells, which are computed again
     "scripts/export.py",  # a finished cell once more, in a folder that appears whole or not at all
     "lib/trackers/__init__.py",  # what a tracker goes by: without it there is a warning and no tracker
@@ -492,7 +492,7 @@ WRITERS = {
     "scripts/bench.py", "scripts/bench_attention.py", "scripts/bench_decode.py", "scripts/bench_ranks.py",
     "scripts/bench_steps.py", "scripts/bench_train.py", "scripts/compile_matrix.py",
     "scripts/frontier.py", "scripts/ladder.py",  # a table that was printed as well
-    "scripts/torturing/evidence.py",
+    "scripts/torturing/evidence.py", "scripts/defects.py",  # what a trial of the program came to
     "scripts/slurm_box.py",  # the configuration of a Slurm that is there for one trial
 }
 
