@@ -27,7 +27,7 @@ def study(tmp_path, dotconfig, monkeypatch):
 
 
 def test_curvature_of_a_study(study, capsys):
-    out, cells = study("V0 V14")
+    out, cells = study("V0 V14", "LOSS_CHUNKS=4")
     describing.main(curvature.MEASURE, "", ["--rows", "1", "--iterations", "3", "--probes", "2"])
     said = capsys.readouterr().out
     own = json.loads((out / cells[0].name / "curvature.json").read_text())
