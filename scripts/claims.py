@@ -12,7 +12,7 @@ import argparse
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,7 @@ MEASURE = re.compile(rf"{START}{NUMBERS}[\s-]*(?:{UNIT})|\b(?i:(?:{'|'.join(WORD
                      rf"|(?i:(?<=loss)|(?<=perplexity)|(?<=PPL))\s+(?:(?:of|is|was|at|to|from|=)\s+)?{NUMBERS}(?:[\s-]*(?:{UNIT}))?")
 COLUMN = re.compile(rf"(?i)\b(?:nats?|bits|loss|perplexity|ppl|difference|{TIME}|ms|s|time|latency|throughput|speed|speed-?up"
                     r"|tok(?:en)?s?/s|memory|[kmgt]i?b|flops?)\b|%")
+BEFORE = re.compile(rf"({START}{NUMBERS}) *$")
 CODE = re.compile(r"^(?P<fence>```|~~~).*?^(?P=fence)[^\n]*$|(?<!`)(?P<tick>`+)(?!`)(?:(?!\n\s*\n).)+?(?<!`)(?P=tick)(?!`)",
                   re.M | re.S)
 COMMENT = re.compile(r"<!--(.*?)-->", re.S)
@@ -50,11 +51,13 @@ class Figure:
     end: int
 
 
-def figures(text: str) -> list[Figure]:
-    """The figures of a text without code and comments, in order: numbers with a unit, and columns headed by a measure."""
+def figures(text: str, references: Iterable[int] = ()) -> list[Figure]:
+    """The figures of a text without code and comments, in order: numbers with a unit, columns headed by a measure, and what
+    stands right before the place of a reference."""
     text = text.replace("*", " ").replace("\u00a0", " ")
     spans: list[tuple[int, int]] = []
-    for start, end in [*measured_cells(text), *(match.span() for match in MEASURE.finditer(text))]:
+    before = (match.span(1) for at in references if (match := BEFORE.search(text, text.rfind("\n", 0, at) + 1, at)))
+    for start, end in [*measured_cells(text), *(match.span() for match in MEASURE.finditer(text)), *before]:
         if not any(start < other_end and other_start < end for other_start, other_end in spans):
             spans.append((start, end))
     return [Figure(" ".join(text[a:b].split()), numbers_of(text[a:b]), a, b) for a, b in sorted(spans)]
@@ -133,7 +136,7 @@ def unbacked(ledger: Ledger, root: Path = ROOT) -> list[tuple[str, str]]:
 def page_faults(page: str, text: str, references: list[tuple[int, str]], ledger: Ledger,
                 root: Path) -> Iterator[tuple[str, str]]:
     """Faults of one page, whose text comes without code, comments and constants."""
-    printed, taken = figures(text), set()
+    printed, taken = figures(text, (at for at, _ in references)), set()
     for figure, following in zip(printed, [*(f.start for f in printed[1:]), len(text)], strict=False):
         where = f"{page}:{line_of(text, figure.end)}"
         behind = [(at, said) for at, said in references

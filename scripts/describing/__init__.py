@@ -280,13 +280,12 @@ def page(what: Measure, found: dict) -> str:
     against = f"and differences to {found['baseline']} paired by seed" if what.beside_baseline else "and their mean beside 0"
     header = ["step", "metric", "mean", "over seeds", "seeds", "difference (95 % CI)" if what.beside_baseline else
               "mean (95 % CI)", "Holm p"]
-    said = [f"{what.title}, {found['study']}: smallest to largest over seeds, {against}.\n", table(header, rows, "llrrrlr")]
-    said += what.about(found)
-    said.append(f"Intervals are each on its own; Holm's p is over all {found['comparisons']} comparisons. No verdict rests on "
-                "them.")
-    said += [f"{step['name']}: its mechanism never acted: {why}" for step in found["steps"] for why in step["inactive"]]
-    said += [f"missing: {name}: {why}" for name, why in found["missing"].items()]
-    return "\n".join(said) + "\n"
+    notes = [*what.about(found), f"Intervals are each on its own; Holm's p is over all {found['comparisons']} comparisons. No "
+             "verdict rests on them.",
+             *(f"{step['name']}: its mechanism never acted: {why}" for step in found["steps"] for why in step["inactive"]),
+             *(f"missing: {name}: {why}" for name, why in found["missing"].items())]
+    return (f"# {what.title}\n\n{found['study']}: smallest to largest over seeds, {against}.\n\n"
+            + table(header, rows, "llrrrlr") + "".join(f"\n- {note}" for note in notes) + "\n")
 
 
 def windows_said(found: dict) -> list[str]:
