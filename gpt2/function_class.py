@@ -18,8 +18,8 @@ from lib.paths import ROOT
 PLAIN_ATTENTION = "gpt2.attention.baseline:CausalSelfAttention"
 PLAIN_MLP = "gpt2.mlp.baseline:MLP"
 
-# Symbols that move a model within its class, or say again what the class symbols say, as prefixes. No symbol of lib/Kconfig
-# is part of a function either, but the vocabulary.
+# Symbols that move a model within its class, or say again what the class symbols say, as prefixes. No symbol of Kconfig and
+# lib/Kconfig is part of a function either, but the vocabulary.
 NOT_ITS_FUNCTION = (
     "ATTENTION_", "MLP_", "MODEL_", "COUPLED", "COUPLING_", "SKIP_", "RA_GATES_", "RA_GATE_", "RMLP_GATES_", "RMLP_GATE_",
     "DIRECTION_CONTROLLER", "DIRECTION_SHARE", "DIRECTION_MIN_STEPS", "DIRECTION_BALANCE", "ROUTER_PENALTY", "ROUTER_DROP",
@@ -29,9 +29,10 @@ NOT_ITS_FUNCTION = (
 
 
 @cache
-def of_lib() -> frozenset[str]:
-    """Names of the symbols of lib/Kconfig, less VOCAB_SIZE."""
-    return frozenset(re.findall(r"^config (\w+)", (ROOT / "lib/Kconfig").read_text(), re.M)) - {"VOCAB_SIZE"}
+def of_no_model() -> frozenset[str]:
+    """Names of the symbols of Kconfig and lib/Kconfig, less VOCAB_SIZE."""
+    files = "".join((ROOT / name).read_text() for name in ("Kconfig", "lib/Kconfig"))
+    return frozenset(re.findall(r"^config (\w+)", files, re.M)) - {"VOCAB_SIZE"}
 
 
 def simplest(cfg: Config) -> tuple[Config, str]:
@@ -87,5 +88,5 @@ def key(cfg: Config) -> tuple[tuple, str]:
     simple, relation = simplest(cfg)
     values = simple.as_json()
     kept = (name for name in values
-            if name.endswith("_CLASS") or not (name in of_lib() or name.startswith(NOT_ITS_FUNCTION)))
+            if name.endswith("_CLASS") or not (name in of_no_model() or name.startswith(NOT_ITS_FUNCTION)))
     return tuple((name, values[name]) for name in kept), relation

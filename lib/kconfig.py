@@ -22,7 +22,8 @@ import kconfiglib
 from lib.errors import UserError
 from lib.paths import ROOT, shown
 
-BOOKKEEPING = "Bookkeeping (changes no number)"  # the menu outside a cell's identity
+# The menus outside a cell's identity.
+OUTSIDE = ("Study (which cells; changes none of them)", "Bookkeeping (changes no number)")
 BUDGET = ("GPT2_MAX_TIME", "GPT2_MAX_ITERS", "GPT2_MAX_TOKENS")
 
 SET = re.compile(r"CONFIG_([A-Za-z0-9_]+)=(.*)")
@@ -95,7 +96,7 @@ class Schema:
         self.symbols = {s.name: s for s in self.kconf.unique_defined_syms}
         self.kinds = {name: _kind(symbol) for name, symbol in self.symbols.items()}
         self.prompted = {name for name, s in self.symbols.items() if any(node.prompt for node in s.nodes)}
-        self.identity = {name for name in self.prompted if not in_menu(self.symbols[name], BOOKKEEPING)}
+        self.identity = {name for name in self.prompted if not in_menu(self.symbols[name], OUTSIDE)}
 
     def reset(self) -> None:
         self.kconf.unset_values()
@@ -207,11 +208,11 @@ def _kind(symbol: kconfiglib.Symbol) -> str:
     return "str"
 
 
-def in_menu(symbol: kconfiglib.Symbol, prompt: str) -> bool:
-    """Whether a symbol stands in the menu of this prompt."""
+def in_menu(symbol: kconfiglib.Symbol, prompts: tuple[str, ...]) -> bool:
+    """Whether a symbol stands in a menu of one of these prompts."""
     node = symbol.nodes[0]
     while node := node.parent:
-        if node.item == kconfiglib.MENU and node.prompt and node.prompt[0] == prompt:
+        if node.item == kconfiglib.MENU and node.prompt and node.prompt[0] in prompts:
             return True
     return False
 

@@ -20,7 +20,7 @@ from typing import Any
 from lib.cells import baseline, expand, steps_of
 from lib.config import DEFAULT_STUDY, Study, defconfig_layers
 from lib.errors import UserError, reported
-from lib.kconfig import BOOKKEEPING, BUDGET, Assignment, Schema, in_menu, read_layer
+from lib.kconfig import BUDGET, OUTSIDE, Assignment, Schema, in_menu, read_layer
 from lib.paths import shown
 from lib.steps import step_files
 from scripts.kconfig import assignment, config_path, disk_named, write_config
@@ -45,7 +45,7 @@ def draw(schema: Schema, rng: random.Random, fixed: list[Assignment], where_visi
         name = getattr(symbol, "name", None)
         if name not in schema.prompted or name in kept or name in KEPT or name in chosen:
             continue
-        if not symbol.visibility or in_menu(symbol, BOOKKEEPING):
+        if not symbol.visibility or in_menu(symbol, OUTSIDE):
             continue
         if symbol.choice:
             members = [s.name for s in symbol.choice.syms if s.visibility]

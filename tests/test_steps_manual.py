@@ -14,7 +14,7 @@ from scripts.listing import classes_of_steps
 from tests.harness import ROOT
 
 PAGE = (ROOT / "docs/steps.md").read_text()
-KCONFIG = "".join((ROOT / name).read_text() for name in ("gpt2/Kconfig", "lib/Kconfig"))
+KCONFIG = "".join((ROOT / name).read_text() for name in ("Kconfig", "gpt2/Kconfig", "lib/Kconfig"))
 TABLES = [[[cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()]
           for table in re.findall(r"(?:^\|.*\n)+", PAGE, re.M)]
 

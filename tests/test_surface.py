@@ -15,7 +15,7 @@ import pytest
 from lib import results
 from lib.cells import baseline, expand
 from lib.config import Study, defconfig_layers, defconfig_names, identity_changes
-from lib.kconfig import BOOKKEEPING, Schema, read_layer
+from lib.kconfig import OUTSIDE, Schema, read_layer
 from lib.steps import step_files, step_header
 from tests.harness import ROOT, TINY, run_here
 
@@ -133,8 +133,9 @@ def test_every_goal_is_in_help_with_what_it_does():
     assert sorted(listed) == sorted([*GOALS, "defconfig-NAME"])
 
 
-def test_the_menu_outside_the_identity_has_the_name_that_the_code_knows():
-    assert f'menu "{BOOKKEEPING}"' in (ROOT / "lib/Kconfig").read_text()
+def test_the_menus_outside_the_identity_have_the_names_that_the_code_knows():
+    assert [f'menu "{menu}"' in (ROOT / name).read_text() for menu, name in zip(OUTSIDE, ("Kconfig", "lib/Kconfig"),
+                                                                                strict=True)] == [True, True]
 
 
 # Symbols

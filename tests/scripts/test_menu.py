@@ -21,7 +21,7 @@ def test_a_symbol_is_found_explained_changed_and_saved(dotconfig, goal):
     path = dotconfig("GPT2_MAX_ITERS=7", "ATTENTION_UNIFIED_RA=y", "RA_R=4")
     with menu(goal) as terminal:
         top = terminal.until("Model  --->", "Bookkeeping (changes no number)  --->", "[/] Jump to symbol")
-        assert top.index("Model  --->") < top.index("Attention mechanism") < top.index("Budget") < top.index("Bookkeeping")
+        assert top.index("Study (which cells") < top.index("Model  --->") < top.index("Attention mechanism") < top.index("Budget") < top.index("Bookkeeping")
         terminal.type("/", "Type text to narrow the search")
         found = terminal.type("ra_r$", 'RA_R(=4) "Reciprocal channels per head (R)"')
         assert "RA_TIED" not in found, "the search narrows"
@@ -47,7 +47,7 @@ def test_quitting_without_saving_changes_nothing(dotconfig):
     before = path.read_bytes()
     with menu() as terminal:
         terminal.until("Model  --->")
-        terminal.type("\r", "[*] Biases in linear layers and layer norms")
+        terminal.type("j\r", "[*] Biases in linear layers and layer norms")
         terminal.type("jjjj ", "[ ] Biases in linear layers and layer norms")
         terminal.type("q", "Save configuration?")
         terminal.type("n")
@@ -60,7 +60,7 @@ def test_a_choice_shows_what_it_brings(dotconfig):
     dotconfig("GPT2_MAX_ITERS=7")
     with menu() as terminal:
         terminal.until("MLP mechanism  --->")
-        assert "Reciprocal hidden" not in terminal.type("jj\r", "MLP (GELU MLP (GPT-2))  --->")
+        assert "Reciprocal hidden" not in terminal.type("jjj\r", "MLP (GELU MLP (GPT-2))  --->")
         terminal.type("\r", "reciprocal MLP")
         terminal.type("j\r", "(1/48) Reciprocal hidden features (R_ff)", "[ ] Mixer on the reciprocal features")
 
