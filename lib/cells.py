@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib import generations, process, results
-from lib.config import Resolved, Study, identity_changes, sealed
+from lib.config import BATCH_SPLIT, Resolved, Study, identity_changes, sealed
 from lib.errors import UserError
+from lib.kconfig import BUDGET
 from lib.steps import file_name
 
 if TYPE_CHECKING:
@@ -210,6 +211,17 @@ def left_out_contrasts(study: Study) -> list[str]:
     """A sentence about the contrasts that the study cannot compare, if there are any."""
     pairs = " ".join(map(":".join, contrasts(study)[1]))
     return [f"no contrast {pairs}: one of the steps is not in the study, or is its baseline"] if pairs else []
+
+
+def unheard_settings(study: Study, cells: Sequence[Cell]) -> list[str]:
+    """Sentences about what the study sets and each of these cells has otherwise, by its step: it acts nowhere."""
+    said, elsewhere = [], {a.name for a in (*study.overrides, *study.found)} | set(BUDGET) | set(BATCH_SPLIT)
+    for a in study.base:
+        if a.name in study.schema.identity - elsewhere and cells and all(
+                getattr(cell.resolved.config, a.name) != getattr(study.config, a.name) for cell in cells):
+            said.append(f"{a.name}={a.value} of the study acts in no cell, for steps say what it is: write it behind one, as "
+                        f"{cells[0].step}@{a.name}={a.value}")
+    return said
 
 
 def other_seeds(study: Study, out: Path, seeds: list[int]) -> list[int]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib import design, failures, generations, process
-from lib.cells import Cell, Status, left_out_contrasts
+from lib.cells import Cell, Status, left_out_contrasts, unheard_settings
 from lib.config import announce, refuse_study
 from lib.errors import UserError, reported
 from lib.paths import ROOT, shown
@@ -43,13 +43,15 @@ def cell_folder(name: str) -> Path:
 
 
 def warnings(plan: Plan) -> list[str]:
-    """What cannot act inside its budget, a sentence each, with the steps it holds for; and contrasts that are left out."""
+    """What cannot act inside its budget, a sentence each, with the steps it holds for; settings that no cell hears, and
+    contrasts that are left out."""
     said: dict[str, list[str]] = {}
     for cell, _, _ in plan.rows():
         for sentence in pkgutil.resolve_name(cell.resolved.config.WARNINGS)(cell.resolved.config):
             steps = said.setdefault(sentence, [])
             steps += [] if cell.step in steps else [cell.step]
-    return [f"{' '.join(steps)}: {sentence}" for sentence, steps in said.items()] + left_out_contrasts(plan.study)
+    return [*(f"{' '.join(steps)}: {sentence}" for sentence, steps in said.items()),
+            *unheard_settings(plan.study, plan.cells), *left_out_contrasts(plan.study)]
 
 
 def check_data(plan: Plan) -> None:

@@ -12,8 +12,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lib import results
-from lib.cells import baseline, contrasts, counterbalanced, expand, folder_name, inspect, parse_seeds
-from lib.config import Study, identity_changes
+from lib.cells import (
+    baseline,
+    contrasts,
+    counterbalanced,
+    expand,
+    folder_name,
+    inspect,
+    parse_seeds,
+    unheard_settings,
+)
+from lib.config import Study, defconfig_names, identity_changes
 from lib.errors import UserError
 from lib.kconfig import Assignment, Schema
 from lib.launch import prepare
@@ -415,3 +424,18 @@ def test_overrides_of_the_environment_are_part_of_the_cell(dotconfig):
     assert one.provenance()["symbols"]["GPT2_MAX_TIME"] == ["60", "environment GPT2_MAX_TIME"]
     assert one.provenance()["identity"]["set"]["GPT2_MAX_TIME"] == "60"
     assert os.environ.get("GPT2_MAX_TIME") is None
+
+
+@pytest.mark.parametrize("steps, said", [
+    ("V1 V3", ["RA_R=8 of the study acts in no cell, for steps say what it is: write it behind one, as V1@RA_R=8"]),
+    ("V1 V3 V3@RA_R=8", []),
+])
+def test_a_setting_that_every_step_says_otherwise_is_named(study, steps, said):
+    one = study(steps, "ATTENTION_UNIFIED_RA=y", "RA_R=8")
+    assert unheard_settings(one, expand(one)) == said
+
+
+def test_no_study_that_comes_with_the_project_sets_what_no_step_hears():
+    for name in defconfig_names():
+        one = Study(name, schema=SCHEMA)
+        assert unheard_settings(one, expand(one)) == [], name
