@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # run as a script, Python puts gpt2/ there, and modules would be found under two names
 
+from lib.cells import whole  # noqa: E402
 from lib.config import Study  # noqa: E402
 from lib.errors import UserError, reported  # noqa: E402
 from lib.paths import shown  # noqa: E402
@@ -164,6 +165,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the draws (default: %(default)s)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: %(default)s)")
     parser.add_argument("--stop", action="store_true", help="end at the end of a document")
+    if whole(os.environ.get("TOKENS") or "200") is None:
+        raise UserError(f"TOKENS={os.environ['TOKENS']} is no whole number.", "make sample TOKENS=200.")
     args = parser.parse_args(arguments)
     if args.cell and args.step:
         raise UserError("both a step and --cell were given.", "give one of them.")

@@ -271,7 +271,7 @@ def defconfig_layers(name: str) -> list[list[Assignment]]:
     pieces = {p.name: p for p in sorted((ROOT / "defconfigs" / "fragments").iterdir())}
     for kind, wanted, known in [("defconfig", study, studies), *(("fragment", f, pieces) for f in fragments)]:
         if wanted not in known:
-            near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.5 if kind == "fragment" else 0.6)  # those are short
             raise UserError(f"there is no {kind} '{wanted}'.",
                             f"did you mean {near[0]}?" if near else "make list-defconfigs.")
     return [read_layer(studies[study]), *(read_layer(pieces[f]) for f in fragments)]

@@ -173,6 +173,8 @@ class Schema:
     def _unknown(self, a: Assignment) -> None:
         near = difflib.get_close_matches(a.name.upper(), self.prompted, n=1)
         hint = f"did you mean {near[0]}?" if near else "search for it with / in make menuconfig."
+        if not near and a.value == "n":  # a switch of another version of the project, which was off
+            hint = "make olddefconfig, which drops symbols of a .config that are no more."
         raise UserError(f"{a.where}: unknown symbol {a.name}.", hint)
 
     def values(self) -> dict:

@@ -6,6 +6,7 @@ A and B come from the environment (make A=... B=...): each a study by name or a 
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from lib.config import Study
@@ -33,7 +34,10 @@ def main() -> None:
         raise UserError("there is no .config to compare.", "make diffconfig A=study B=study.")
     schema = Schema()
     a = args.a or Study(config=Path(path), schema=schema).name
-    old, new = values(a, schema), values(args.b or path, schema)
+    b = args.b or path
+    old, new = values(a, schema), values(b, schema)
+    if old == new:
+        print(f"no difference between {a} and {b}", file=sys.stderr)  # what reads the lines finds none
     for name in sorted(old.keys() | new.keys()):
         if name not in new:
             print(f"-{name} {old[name]}")

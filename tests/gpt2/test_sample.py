@@ -145,6 +145,9 @@ def test_bad_input(cell, tmp_path, monkeypatch):
     assert refused("--cell", tmp_path)[0].startswith(f"{tmp_path} has no model.pt: ")
     assert refused("--cell", cell, "--prompt", "x" * (BLOCK + 1)) == (
         f"the prompt has {BLOCK + 1} tokens, more than the context of {BLOCK}.", "shorten it.")
+    with monkeypatch.context() as patch:
+        patch.setenv("TOKENS", "abc")
+        assert refused("--cell", cell) == ("TOKENS=abc is no whole number.", "make sample TOKENS=200.")
     assert refused("V1", "--cell", cell)[0] == "both a step and --cell were given."
     assert refused("--cell", cell, "--tokens", 0)[0] == "--tokens 0 is not 1 or more, or is too large."
     assert refused("--cell", cell, "--top-k", 0)[0] == "--top-k 0 is not 1 or more, or is too large."

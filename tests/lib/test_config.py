@@ -109,6 +109,8 @@ def test_without_a_configuration_the_default_study_is_used(dotconfig):
 
 @pytest.mark.parametrize("lines, what, run", [
     (["RA_RR=8"], "{path}:1: unknown symbol RA_RR.", "did you mean RA_R?"),
+    (["GONE_WITH_THE_WIND=n"], "{path}:1: unknown symbol GONE_WITH_THE_WIND.",
+     "make olddefconfig, which drops symbols of a .config that are no more."),
     (["BATCH_SIZE=1_0"], "{path}:1: BATCH_SIZE=1_0 is not a whole number.", "give BATCH_SIZE a whole number."),
     (["RA_R=8"], "{path}:1: RA_R=8 did not take, because it depends on ATTENTION_UNIFIED_RA.",
      "set ATTENTION_UNIFIED_RA as well, or leave RA_R out."),
@@ -135,6 +137,7 @@ def test_a_full_dotconfig_agrees_with_itself(dotconfig):
 @pytest.mark.parametrize("name, what, run", [
     ("gpt2-ra-ablatoin", "there is no defconfig 'gpt2-ra-ablatoin'.", "did you mean gpt2-ra-ablation?"),
     ("gpt2-ra-ablation+tinny", "there is no fragment 'tinny'.", "did you mean tiny?"),
+    ("gpt2-ra-ablation+tyni", "there is no fragment 'tyni'.", "did you mean tiny?"),
     ("gpt2-ra-ablation+", "there is no fragment ''.", "make list-defconfigs."),
     ("zzz", "there is no defconfig 'zzz'.", "make list-defconfigs."),
     ("../gpt2/Kconfig", "there is no defconfig '../gpt2/Kconfig'.", "make list-defconfigs."),

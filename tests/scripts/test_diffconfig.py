@@ -25,6 +25,9 @@ def test_the_command():
     assert (done.returncode, done.stderr) == (0, "") and done.stdout == (
         " ABLATION_STEPS V0 V1 V2 V3 V4 V5 V6 -> V0 V1\n-CONTRASTS V2:V1 V3:V1 V4:V3 V5:V3 V6:V4 V6:V5\n "
         "STUDY gpt2-ra-ablation -> gpt2-unified-ra-ablation\n")
+    done = run("scripts.diffconfig", "gpt2-ra-ablation", "gpt2-ra-ablation")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == "no difference between gpt2-ra-ablation and gpt2-ra-ablation\n"
     done = run("scripts.diffconfig", "gpt2-ra-ablation", "gpt2-ra-ablatoin")
     assert (done.returncode, done.stdout, done.stderr) == (
         2, "", "error: there is no defconfig 'gpt2-ra-ablatoin'.\n  try: did you mean gpt2-ra-ablation?\n")
