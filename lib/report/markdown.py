@@ -1,13 +1,15 @@
 """The report as Markdown: what the terminal shows and report.md holds. Verdicts first, then what they rest on."""
 
 import re
+from collections.abc import Set
 from typing import Any
 
 from lib.errors import one_line
 from lib.report.sections import sections
 from lib.tables import count, duration, plural, size, table
-from lib.verdicts import signed
+from lib.verdicts import NO_NUMBER, signed
 
+VIEWS = {"equal_tokens": "at equal tokens", "equal_seconds": "at equal seconds"}
 MARKUP = re.compile(r"<(?=[A-Za-z/!?])|(?<=\])[(\[:]")  # the start of a tag; the middle of a link
 
 
@@ -19,9 +21,10 @@ def render(content: dict) -> str:
     tuned = [s for s in content["steps"] if s["tuned"] is not None]
     parts = [f"# {content['title']}\n"]
     parts += [f"**CONTROL FAILED: {failure}**\n" for failure in content["control_failures"]]
-    parts += [verdict_table(common, _against(common)), sentences(common)]
+    waiting = {step["name"] for step in common if set(step["states"]) == {"planned"}}
+    parts += [verdict_table(common, _against(common)), sentences(common, waiting)]
     if content.get("contrasts"):
-        parts += [contrast_table(content["contrasts"], content["plan"]["contrasts"]), sentences(content["contrasts"])]
+        parts += [contrast_table(content["contrasts"], content["plan"]["contrasts"]), sentences(content["contrasts"], waiting)]
     if tuned:
         verdicts = plural(sum(not s["is_baseline"] for s in tuned), "verdict")
         parts += [f"## At each step's best learning rate\n\nA family of {verdicts} of its own.\n",
@@ -49,8 +52,8 @@ def _against(steps: list[dict]) -> str:
 
 
 def verdict_table(steps: list[dict], first: str) -> str:
-    """One row a step: the word, the difference at the end of the budget with its interval, and the two other views."""
-    rows = []
+    """One row a step: the word, the difference at the end of the budget with its interval, and the other views."""
+    rows, views = [], telling_views(steps)
     for step in steps:
         c, mean = step["comparison"], step["mean"]
         known = mean["val_loss"] is not None and (c is None or c["word"] != "INVALID")
@@ -58,20 +61,28 @@ def verdict_table(steps: list[dict], first: str) -> str:
         loss += f" ± {mean['val_loss_sd']:.4f}" if known and mean["val_loss_sd"] is not None else ""
         seeds = f"{step['seeds_done']}/{step['seeds_planned']}"
         rows.append([step["name"], c["word"] if c else "baseline", function_class(step), _interval(c), seeds, loss,
-                     _view(c, "equal_tokens"), _view(c, "equal_seconds"), speed(c)])
-    header = ["step", "verdict", "class", f"to {first}, nats (95 %)", "seeds", "final val loss", "at equal tokens",
-              "at equal seconds", "tokens/s"]
-    return table(header, rows, "lllrrrrrr")
+                     *(_view(c, name) for name in views), speed(c)])
+    header = ["step", "verdict", "class", f"to {first}, nats (95 %)", "seeds", "final val loss",
+              *map(VIEWS.__getitem__, views), "tokens/s"]
+    return table(header, rows, "lllrrr" + "r" * len(views) + "r")
+
+
+def telling_views(steps: list[dict]) -> list[str]:
+    """The views that say of any step something else than its difference at the end of the budget: under a budget of tokens, the
+    one at equal tokens says the same."""
+    known = [c for step in steps if (c := step["comparison"]) and c["word"] not in NO_NUMBER and c["difference"] is not None]
+    return [name for name in VIEWS if any(c[name] and signed(c[name]["difference"]) != signed(c["difference"]) for c in known)]
 
 
 def contrast_table(contrasts: list[dict], family: int) -> str:
     """One row a contrast: the columns of the table of verdicts that are about a difference. `family` is what Holm counts."""
-    rows = [[one["name"], one["comparison"]["word"], _interval(one["comparison"]), _view(one["comparison"], "equal_tokens"),
-             _view(one["comparison"], "equal_seconds"), speed(one["comparison"])] for one in contrasts]
-    header = ["contrast", "verdict", "difference, nats (95 %)", "at equal tokens", "at equal seconds", "tokens/s"]
+    views = telling_views(contrasts)
+    rows = [[one["name"], one["comparison"]["word"], _interval(one["comparison"]),
+             *(_view(one["comparison"], name) for name in views), speed(one["comparison"])] for one in contrasts]
+    header = ["contrast", "verdict", "difference, nats (95 %)", *map(VIEWS.__getitem__, views), "tokens/s"]
     verdicts = plural(family, "verdict")
     return (f"## Contrasts\n\nSteps against other steps, at their common rates; a family of {verdicts} of its own.\n\n"
-            + table(header, rows, "llrrrr"))
+            + table(header, rows, "llr" + "r" * len(views) + "r"))
 
 
 def function_class(step: dict) -> str:
@@ -101,16 +112,20 @@ def speed(c: dict | None) -> str:
     return f"x{s['ratio']:.3f}{half}"
 
 
-def sentences(steps: list[dict]) -> str:
-    lines = []
+def sentences(steps: list[dict], waiting: Set[str] = frozenset()) -> str:
+    """A line for each comparison; one for all that have to do with the steps in `waiting`, of which no cell was begun."""
+    lines, later = [], []
     for step in steps:
-        if c := step["comparison"]:
+        if waiting & set(step["name"].split(" vs ")) and step["comparison"]:
+            later.append(step["name"])
+        elif c := step["comparison"]:
             lines.append(f"- {c['sentence']}")
             if c["p_sign_flip"] is not None and c["word"] in ("BETTER", "WORSE", "NEGLIGIBLE", "INCONCLUSIVE"):
                 lines[-1] += f" Sign-flip p {c['p_sign_flip']:.3g} (floor {c['sign_flip_floor']:.3g})" + (
                     f", pairing correlation {c['correlation']:.2f}." if c["correlation"] is not None else ".")
             if (known := step.get("function_class")) and known["relation"] != "own":
                 lines[-1] += f" {known['sentence']}."
+    lines += [f"- INCOMPLETE, because no cell was begun: {', '.join(later)}."] if later else []
     return "\n".join(lines) + "\n" if lines else ""
 
 

@@ -31,12 +31,36 @@ def verdict_row(**changes):
             step[part][inner] = value
         else:
             step[part] = value
-    return cells(markdown.verdict_table([step], "V0").splitlines()[2])
+    return cells(markdown.verdict_table([step, STEP], "V0").splitlines()[2])  # beside one of which every view is told
 
 
 def test_a_row_of_the_verdict_table():
     assert verdict_row() == ["V1", "INCONCLUSIVE", "V0", "-0.0021 (-0.0061..+0.0019)", "5/5", "2.4400 ± 0.0040",
                              "-0.0020 ± 0.0040", "+0.0100", "x0.980 ± 0.010"]
+
+
+def view(difference):
+    return {"difference": difference, "low": None, "high": None, "n": 1, "at": 1e5}
+
+
+@pytest.mark.parametrize("changes, headers", [
+    ({}, ["at equal tokens", "at equal seconds"]),
+    ({"equal_tokens": view(-0.00211)}, ["at equal seconds"]),
+    ({"equal_tokens": view(-0.00211), "equal_seconds": view(-0.0021)}, []),
+    ({"equal_tokens": None, "equal_seconds": None}, []),
+    ({"difference": None}, []),
+    ({"word": "INVALID"}, []),
+    ({"word": "INCOMPLETE"}, []),
+])
+def test_a_view_that_says_what_the_difference_says_has_no_column(changes, headers):
+    one = STEP | {"comparison": COMPARISON | changes}
+    assert cells(markdown.verdict_table([one], "V0").splitlines()[0])[6:] == [*headers, "tokens/s"]
+    assert cells(markdown.contrast_table([one], 1).splitlines()[4])[3:] == [*headers, "tokens/s"]
+
+
+def test_what_waits_for_a_step_that_was_not_begun_is_one_line():
+    steps = [STEP, STEP | {"name": "V2"}, STEP | {"name": "V3 vs V2"}, STEP | {"name": "V2", "comparison": None}]
+    assert markdown.sentences(steps, {"V2"}).splitlines()[1:] == ["- INCOMPLETE, because no cell was begun: V2, V3 vs V2."]
 
 
 def test_an_invalid_step_has_no_number_at_all():
@@ -117,5 +141,4 @@ def test_a_report_of_nothing(study):  # noqa: F811
 
     text = markdown.render(content(study(write=False)))
     assert "| V1   | INCOMPLETE | " in text and "machine" not in text
-    assert ("- V1 vs V0: INCOMPLETE: V0 seed 1 planned, V0 seed 2 planned, V0 seed 3 planned and 3 more. V1 is V0 in function "
-            "class: a difference is optimisation only.\n") in text
+    assert "- INCOMPLETE, because no cell was begun: V1.\n" in text
