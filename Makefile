@@ -123,7 +123,7 @@ pack unpack: $(SETUP)
 
 ##@ Look at what came of it
 browse: ## index the reports of all studies and serve them on this machine (PORT=8000)
-frontier: ## draw validation loss against cache bytes and decoding speed (FILE=what make bench-decode kept)
+frontier: ## draw validation loss against cache bytes and decoding speed (FILE=what make bench-decode kept, or several)
 ladder: ## say how effects change with the size of the model (FROM="folder folder ...", each with a report.json)
 lm-eval: ## evaluate finished cells on tasks (TASKS=arc_easy,hellaswag LIMIT=100 CELL=one or several, default: all)
 export: ## write a finished cell for Hugging Face's transformers: CELL=name-or-folder TO=folder

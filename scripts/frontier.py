@@ -1,7 +1,8 @@
 """Draw the validation loss of a study's steps against the bytes of their caches and their decoding speed.
 
 Reads the finished cells of a results folder (default: the configured study's) and what `make bench-decode FILE=...` kept of the
-same steps at the same sizes, and writes frontier.md and frontier.png into the folder. Every finished cell with a cache takes
+same steps at the same sizes (in several files, if they are of one machine and one way of measuring: FILE="a.json b.json"), and
+writes frontier.md and frontier.png into the folder. Every finished cell with a cache takes
 part; a step whose speed was not measured, or at other sizes, stands in the panel of bytes only, and frontier.md says why. A
 cell whose mechanism never acted within its budget is left out.
 """
@@ -37,18 +38,40 @@ def read_decode(path: Path) -> dict:
         and {"device", "torch"} <= record["environment"].keys() and {"batches", "baseline"} <= record.keys()))
 
 
+SAME = ("baseline", "eager", "compiled", "dtype")
+
+
+def read_all(paths: list[Path]) -> dict:
+    """Several files of one machine and one way of measuring as one; of a row that is in two, the first file's."""
+    first, *others = [read_decode(path) for path in paths]
+    rows = {(row["step"], row["context"], row["batch"]): row for row in first["rows"]}
+    for path, other in zip(paths[1:], others, strict=True):
+        for name in SAME:
+            if other.get(name) != first.get(name):
+                raise UserError(f"{shown(path)} has {name} {other.get(name)}, {shown(paths[0])} {first.get(name)}.",
+                                "give files of one way of measuring.")
+        for name in ("device", "torch"):
+            if other["environment"][name] != first["environment"][name]:
+                raise UserError(f"{shown(path)} is of {other['environment'][name]}, {shown(paths[0])} of "
+                                f"{first['environment'][name]}.", "give files of one machine and one torch.")
+        rows = {(row["step"], row["context"], row["batch"]): row for row in other["rows"]} | rows
+    batches = {batch for one in (first, *others) for batch in one["batches"]}
+    return first | {"rows": list(rows.values()), "batches": sorted(batches)}
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.frontier", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="a results folder (default: the configured study's)")
-    parser.add_argument("--decode", type=Path, default=os.environ.get("FILE") or None, metavar="FILE.json",
-                        help="what make bench-decode kept (default: FILE of the environment)")
+    parser.add_argument("--decode", type=Path, nargs="+", metavar="FILE.json",
+                        default=[Path(name) for name in os.environ.get("FILE", "").split()],
+                        help="what make bench-decode kept, in one file or several (default: FILE of the environment)")
     parser.add_argument("--batch", type=int, help="which batch's speed (default: the largest that was measured)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: the results folder)")
     args = parser.parse_args(arguments)
     if not args.decode:
         raise UserError("no decoding speeds were given.", "make frontier FILE=name.json, which make bench-decode has written.")
-    decode = read_decode(args.decode)
+    decode = read_all(args.decode)
     if args.folder and not args.folder.is_dir():
         raise UserError(f"there is no folder {shown(args.folder)}.", "give a study's folder of results.")
     study, folder, records = finished_cells(args.folder)
@@ -57,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"{shown(folder)} has no finished cell that can be compared.", "make, then make frontier.")
     batch = args.batch or max(decode["batches"])
     if batch not in decode["batches"]:
-        raise UserError(f"{shown(args.decode)} has no batch of {batch}.",
+        raise UserError(f"{' '.join(map(shown, args.decode))} has no batch of {batch}.",
                         f"give one of {', '.join(map(str, decode['batches']))}.")
     out = args.out or folder
     if not out.is_dir():

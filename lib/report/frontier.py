@@ -13,6 +13,7 @@ and is better in one of the two. Differences of means are not verdicts: those ar
 """
 
 import math
+from collections import Counter
 from statistics import fmean
 from typing import Any
 
@@ -102,6 +103,10 @@ def markdown(found: list[dict], where: str) -> str:
     header = ["step", "seeds", "final val loss", "min .. max", f"cache, {name}", "of the largest", "tokens/s decoded",
               "speed", "min .. max", "frontier of"]
     text = f"# Loss, cache and decoding speed\n\n{where}\n\n" + table(header, rows, "lrrrrrrrrl")
+    sets = Counter(tuple(p["by_seed"]) for p in found)
+    most = max(sets, key=lambda seeds: (len(seeds), sets[seeds]))
+    other = [p["name"] for p in found if tuple(p["by_seed"]) != most]
+    text += f"\nOf fewer seeds or of others, so not quite comparable: {', '.join(other)}.\n" if other else ""
     untimed = [f"- {p['name']}: {p['untimed']}\n" for p in found if p["untimed"]]
     return text + ("\nNot timed:\n\n" + "".join(untimed) if untimed else "")
 

@@ -83,6 +83,12 @@ def test_the_table():
     assert cells[4] == ["C1, plain PCA", "2", "3.4000", "3.3000 .. 3.5000", "4", "0.500", "-", "-", "-", ""]
 
 
+def test_means_over_fewer_seeds_are_named():
+    assert "Of fewer seeds" not in frontier.markdown(frontier.points(RECORDS[:4], DECODE, 8), "Where.")
+    found = frontier.points([*RECORDS[:4], record("X", 1, 3.5, 4)], DECODE, 8)
+    assert "\n\nOf fewer seeds or of others, so not quite comparable: X.\n" in frontier.markdown(found, "Where.")
+
+
 @pytest.mark.parametrize("log", [True, False])
 def test_labels_stand_inside_and_neither_on_each_other_nor_on_points(log):
     at = [{"name": f"STEP{i}", "x": 2 + (i % 3) * 0.01, "val_loss": 3 + 0.001 * i, "low": 3 + 0.001 * i, "high": 3 + 0.001 * i}
@@ -152,6 +158,22 @@ def test_the_files_of_a_folder_and_of_the_configured_study(study, capsys, given,
     assert "cache, KiB" in text
     assert "\n| V0 " in text and "\n| V1 " in text and "V2" not in text
     assert text.endswith("\nNot timed:\n\n- V1: it is not in the file\n")
+
+
+def test_several_files_of_one_machine_are_one(tmp_path):
+    rows = [[row("V0", 100, 8), row("C1", 90, 4)], [row("V0", 70, 8), row("M", 300, 2, batch=4)]]
+    paths = [tmp_path / f"{i}.json" for i in range(2)]
+    for path, some in zip(paths, rows, strict=True):
+        path.write_text(json.dumps(DECODE | {"rows": some}))
+    whole = tool.read_all(paths)
+    assert [(r["step"], r["speed"]) for r in whole["rows"]] == [("V0", 1.0), ("M", 3.0), ("C1", 0.9)], "the first file's V0"
+    assert whole["batches"] == [1, 8]
+    for change, what in (({"dtype": "bfloat16"}, f"{paths[1]} has dtype bfloat16, {paths[0]} float32."),
+                         ({"baseline": "B0"}, f"{paths[1]} has baseline B0, {paths[0]} V0."),
+                         ({"environment": {"device": "a TPU", "torch": "2.13.0"}},
+                          f"{paths[1]} is of a TPU, {paths[0]} of a GPU.")):
+        paths[1].write_text(json.dumps(DECODE | {"rows": rows[1]} | change))
+        assert refusal(tool.read_all, paths)[0] == what
 
 
 def test_bad_input(study, tmp_path):
