@@ -40,17 +40,18 @@ def write(out: Path, content: dict) -> tuple[str, str | None]:
 
 
 def spreadsheet(content: dict) -> str:
-    """One row a step; an empty field where there is no value."""
+    """One row a step, then one a contrast, "V3 vs V1", of which only the comparison is there; an empty field where there is no
+    value."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*CSV_COLUMNS, *CSV_MEANS, *CSV_COMPARISON, *(f"{v}_{k}" for v, keys in CSV_VIEWS.items() for k in keys),
                      *(f"smaller_{share}" for share in caches.SHARES)])
-    for step in content["steps"]:
-        comparison = step["comparison"] or {}
+    for row in [*content["steps"], *content.get("contrasts", [])]:
+        comparison, mean = row["comparison"] or {}, row.get("mean", {})
         views = [(comparison.get(view) or {}).get(key) for view, keys in CSV_VIEWS.items() for key in keys]
-        smaller = step["kv_cache"]["smaller"] or {}
-        writer.writerow([*(step[key] for key in CSV_COLUMNS), *(step["mean"][key] for key in CSV_MEANS),
-                         *(comparison.get(key) for key in CSV_COMPARISON), *views, *map(smaller.get, caches.SHARES)])
+        smaller = row.get("kv_cache", {}).get("smaller") or {}
+        writer.writerow([*map(row.get, CSV_COLUMNS), *map(mean.get, CSV_MEANS), *map(comparison.get, CSV_COMPARISON), *views,
+                         *map(smaller.get, caches.SHARES)])
     return file.getvalue()
 
 

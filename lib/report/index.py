@@ -57,7 +57,7 @@ def _study(folder: Path, cells: dict[str, bool]) -> dict:
             return row | {"problem": "report.json is not one of this program"}
         known = {c["name"]: c["state"] in ("done", "diverged") for step in content["steps"] for c in step["cells"]}
         known = {name: cells.get(name, done) for name, done in known.items()} | cells
-        words = [step["comparison"]["word"] for step in content["steps"] if step["comparison"]]
+        words = [one["comparison"]["word"] for one in [*content["steps"], *content.get("contrasts", [])] if one["comparison"]]
         row |= {"title": str(content["title"]), "done": sum(known.values()), "planned": len(known),
                 "words": {str(w): words.count(w) for w in dict.fromkeys(words)},
                 "device": str((content.get("environment") or {}).get("device") or "") or None,

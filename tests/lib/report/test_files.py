@@ -48,6 +48,14 @@ def test_the_spreadsheet_has_a_row_a_step(made):
     assert rows[2]["word"] == "INCOMPLETE" and rows[2]["p_holm"] == "" and float(rows[1]["speed_ratio"]) == 1.0
 
 
+def test_contrasts_follow_in_the_spreadsheet(made):
+    found, _ = made
+    one = {"name": "A0 vs V1", "step": "A0", "comparison": found["steps"][1]["comparison"] | {"word": "WORSE"}}
+    *_, row = csv.DictReader(files.spreadsheet(found | {"contrasts": [one]}).splitlines())
+    assert (row["name"], row["step"], row["word"], row["val_loss"], row["seeds_done"]) == ("A0 vs V1", "A0", "WORSE", "", "")
+    assert float(row["difference"]) == pytest.approx(-0.1)
+
+
 def test_pictures_are_made_anew_only_if_the_content_changed(made):
     found, out = made
     files.write(out, found)

@@ -53,6 +53,14 @@ def by_name(rows):
     return {row["name"]: row for row in rows}
 
 
+def test_verdicts_of_contrasts_are_counted_too(studies):
+    before = by_name(index.collect(studies))["normal"]["words"]
+    more = made_up.normal() | {"contrasts": [{"comparison": {"word": "BETTER"}}, {"comparison": {"word": "WORSE"}}]}
+    (studies / "normal" / "report.json").write_text(json.dumps(more))
+    after = by_name(index.collect(studies))["normal"]["words"]
+    assert after == before | {"BETTER": before["BETTER"] + 1, "WORSE": before.get("WORSE", 0) + 1}
+
+
 def test_each_study_is_a_row_and_a_damaged_one_says_so(studies):
     rows = by_name(index.collect(studies))
     damaged = {"cut", "hollow", "nan", "odd", "deep"}
