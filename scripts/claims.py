@@ -35,7 +35,7 @@ MEASURE = re.compile(rf"{START}{NUMBERS}[\s-]*(?:{UNIT})|\b(?i:(?:{'|'.join(WORD
                      rf"|(?i:(?<=loss)|(?<=perplexity)|(?<=PPL))\s+(?:(?:of|is|was|at|to|from|=)\s+)?{NUMBERS}(?:[\s-]*(?:{UNIT}))?")
 COLUMN = re.compile(rf"(?i)\b(?:nats?|bits|loss|perplexity|ppl|difference|{TIME}|ms|s|time|latency|throughput|speed|speed-?up"
                     r"|tok(?:en)?s?/s|memory|[kmgt]i?b|flops?)\b|%")
-BEFORE = re.compile(rf"({START}{NUMBERS}) *$")
+BEFORE = re.compile(rf"({START}{NUMBERS})[,;.:)]* *$")
 CODE = re.compile(r"^(?P<fence>```|~~~).*?^(?P=fence)[^\n]*$|(?<!`)(?P<tick>`+)(?!`)(?:(?!\n\s*\n).)+?(?<!`)(?P=tick)(?!`)",
                   re.M | re.S)
 COMMENT = re.compile(r"<!--(.*?)-->", re.S)

@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
         where = (f"Speed: relative to {decode['baseline']}, timed beside each; batch {batch}, context {context}, "
                  f"{decode['environment']['device']}, torch {decode['environment']['torch']}, {decode['dtype']}.")
         picture = charts.png(frontier.chart(found, study, where, decode["baseline"]))
-        text = frontier.markdown(found, where)
+        text = frontier.markdown(found, study, where)
     except ModuleNotFoundError as error:
         raise UserError(f"the picture needs {error.name}, which is not installed.", f"pip install {error.name}.") from None
     atomic.write_text(out / "frontier.md", text)

@@ -353,6 +353,8 @@ def test_figures_with_evidence_pass(ledger, text):
      "write docs/results/STUDY/report.json: PATH.OF.KEYS."),
     ("0.02 nats <!-- claims: nine -->", "README.md:1: there is no claim 'nine'.", "name a claim of docs/claims.toml."),
     ("4 % <!-- claims: one -->", "README.md:1: 4 in '4 %' is not what claims: one gives, which is 3.", None),
+    (f"an eigenvalue of 0.03, <!-- {REF}steps.V1.comparison.difference --> of 4",
+     f"README.md:1: 0.03 in '0.03' is not what {REF}steps.V1.comparison.difference gives, which is 0.0213.", None),
     (f"an eigenvalue of 0.03 <!-- {REF}steps.V1.comparison.difference --> of 4",
      f"README.md:1: 0.03 in '0.03' is not what {REF}steps.V1.comparison.difference gives, which is 0.0213.", None),
     ("nothing\nat all <!-- claims: one -->", "README.md:2: the reference 'claims: one' stands behind no figure.",

@@ -91,7 +91,7 @@ def unit(found: list[dict]) -> tuple[str, int]:
     return ("MiB", 2 ** 20) if max(p["cache_bytes"] for p in found) >= 2 ** 20 else ("KiB", 2 ** 10)
 
 
-def markdown(found: list[dict], where: str) -> str:
+def markdown(found: list[dict], study: str, where: str) -> str:
     """frontier.md; `where` says what was measured on."""
     name, size = unit(found)
     largest = max(p["cache_bytes"] for p in found)
@@ -102,7 +102,7 @@ def markdown(found: list[dict], where: str) -> str:
              " and ".join(w for w, on in (("bytes", p["on_bytes"]), ("speed", p["on_speed"])) if on)] for p in found]
     header = ["step", "seeds", "final val loss", "min .. max", f"cache, {name}", "of the largest", "tokens/s decoded",
               "speed", "min .. max", "frontier of"]
-    text = f"# Loss, cache and decoding speed\n\n{where}\n\n" + table(header, rows, "lrrrrrrrrl")
+    text = f"# Loss, cache and decoding speed, {study}\n\n{where}\n\n" + table(header, rows, "lrrrrrrrrl")
     sets = Counter(tuple(p["by_seed"]) for p in found)
     most = max(sets, key=lambda seeds: (len(seeds), sets[seeds]))
     other = [p["name"] for p in found if tuple(p["by_seed"]) != most]

@@ -284,7 +284,7 @@ def page(what: Measure, found: dict) -> str:
              "verdict rests on them.",
              *(f"{step['name']}: its mechanism never acted: {why}" for step in found["steps"] for why in step["inactive"]),
              *(f"missing: {name}: {why}" for name, why in found["missing"].items())]
-    return (f"# {what.title}\n\n{found['study']}: smallest to largest over seeds, {against}.\n\n"
+    return (f"# {what.title}, {found['study']}\n\nSmallest to largest over seeds, {against}.\n\n"
             + table(header, rows, "llrrrlr") + "".join(f"\n- {note}" for note in notes) + "\n")
 
 

@@ -60,13 +60,13 @@ ELSEWHERE = "the file has it at other contexts or batches than 64 and 8"
 def test_a_speed_of_another_size_is_not_taken_and_the_reason_is_given(other, why):
     (point,) = found = frontier.points(RECORDS[:2], {"rows": [other]}, 8)
     assert point["speed"] is None and not point["on_speed"] and point["on_bytes"]
-    assert frontier.markdown(found, "Where.").endswith(f"\n\nNot timed:\n\n- V0: {why}\n")
+    assert frontier.markdown(found, "mine", "Where.").endswith(f"\n\nNot timed:\n\n- V0: {why}\n")
 
 
 def test_the_row_that_fits_is_taken_among_others_of_the_step():
     rows = [row("V0", 1, 8, batch=1), row("V0", 2, 4), row("V0", 100, 8)]
     (point,) = found = frontier.points(RECORDS[:2], {"rows": rows}, 8)
-    assert point["speed"] == 1 and "Not timed" not in frontier.markdown(found, "Where.")
+    assert point["speed"] == 1 and "Not timed" not in frontier.markdown(found, "mine", "Where.")
 
 
 def test_several_optimizers_are_several_points():
@@ -75,8 +75,8 @@ def test_several_optimizers_are_several_points():
 
 
 def test_the_table():
-    lines = frontier.markdown(frontier.points(RECORDS, DECODE, 8), "Where.").splitlines()
-    assert lines[:4] == ["# Loss, cache and decoding speed", "", "Where.", ""]
+    lines = frontier.markdown(frontier.points(RECORDS, DECODE, 8), "mine", "Where.").splitlines()
+    assert lines[:4] == ["# Loss, cache and decoding speed, mine", "", "Where.", ""]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
     assert cells[0][4] == "cache, MiB" and cells[2] == [
         "V0", "2", "3.1000", "3.0000 .. 3.2000", "8", "1.000", "100,000", "1.000", "0.990 .. 1.020", "bytes and speed"]
@@ -84,9 +84,9 @@ def test_the_table():
 
 
 def test_means_over_fewer_seeds_are_named():
-    assert "Of fewer seeds" not in frontier.markdown(frontier.points(RECORDS[:4], DECODE, 8), "Where.")
+    assert "Of fewer seeds" not in frontier.markdown(frontier.points(RECORDS[:4], DECODE, 8), "mine", "Where.")
     found = frontier.points([*RECORDS[:4], record("X", 1, 3.5, 4)], DECODE, 8)
-    assert "\n\nOf fewer seeds or of others, so not quite comparable: X.\n" in frontier.markdown(found, "Where.")
+    assert "\n\nOf fewer seeds or of others, so not quite comparable: X.\n" in frontier.markdown(found, "mine", "Where.")
 
 
 @pytest.mark.parametrize("log", [True, False])
