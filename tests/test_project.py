@@ -15,7 +15,8 @@ from tests.harness import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = [path for folder in ("lib", "gpt2", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))]
-KERNELS = {"gpt2/softmax_kernel.py", "lib/optimizers/spike_kernel.py"}  # whose arguments are Triton's
+# Whose arguments are Triton's.
+KERNELS = {"gpt2/attention/pruning_kernel.py", "gpt2/softmax_kernel.py", "lib/optimizers/spike_kernel.py"}
 
 
 def read_yaml(name):

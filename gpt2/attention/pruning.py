@@ -152,7 +152,7 @@ class KVPruning(nn.Module):
         slots = self.share() * self.context if soft else self.slots()
         limit = (torch.full((), slots, device=q.device) if isinstance(slots, int) else slots) - 2 * b
         seed = torch.randint(2 ** 31 - 1, ()) if dropout else torch.zeros((), dtype=torch.int64)
-        later, _ = pruned_attention(q, k, v, limit.to(wide(q.dtype)), seed, first, b, scale, dropout, self.values_only, soft)
+        later, *_ = pruned_attention(q, k, v, limit.to(wide(q.dtype)), seed, first, b, scale, dropout, self.values_only, soft)
         return torch.cat([y, later], 2)
 
     def _decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: PrunedCache, scale: float,

@@ -1,19 +1,24 @@
 """Attention over what KV pruning leaves, as one operator with its own backward pass: gpt2/attention/pruning.py says the rule.
 
-    pruned_attention(q, k, v, limit, seed, first, block, scale, dropout, values_only, soft) -> y, log_weight
+    pruned_attention(q, k, v, limit, seed, first, block, scale, dropout, values_only, soft) -> y, log_weight, level
 
 q, k [B, H, T, key_dim], v [B, H, T, D] of one type. Nothing is dropped before row `first`; of the M blocks of `block` rows
 from there on: y [B, H, T - first, D], and log w of every token as a block sees it, log_weight [B, H, M, T], 0 alive and -inf
-dropped (with `soft` between 0 and FLOOR). The latter is kept for the backward pass and has no gradient of its own. `limit` []
-is how many candidates live on beside the latest block: rounded it is the hard rule, and with `soft` it gets a gradient. `seed`
-[], int64 on the CPU, draws the dropout of the weights, block by block; the backward pass draws it again.
+dropped (with `soft` between 0 and FLOOR). It is kept for the backward pass and has no gradient of its own. `limit` [] is how
+many candidates live on beside the latest block: rounded it is the hard rule, and with `soft` it gets a gradient. `seed` [],
+int64 on the CPU, draws the dropout of the weights, block by block; the backward pass draws it again.
 
 Both passes work on [B, H, block, <=T] at a time and keep nothing of that size. They are operators because a compiler may join
 the weights of both passes and keep them, which is T x T again, and because it would unroll M blocks in each layer, which takes
-it minutes. In exchange nothing in here is fused. Sums and softmax are float32 (float64 of float64); matmuls and therefore
-scores are in the type of q, while SDPA keeps bfloat16's scores in float32.
+it minutes. On a GPU, in half precision and without dropout, gpt2/attention/pruning_kernel.py computes the blocks, and not even
+one of them is in memory; elsewhere operations do, of which nothing is fused. Kernels leave log sum exp of each row, `level`
+[B, H, T - first], for the backward pass, operations nothing ([0]). Which tokens are dropped is decided between blocks, in both.
+
+Sums and softmax are float32 (float64 of float64); matmuls and, by operations, scores are in the type of q, while SDPA and the
+kernels keep scores in float32.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -26,6 +31,7 @@ from gpt2.layers import full_precision
 
 SOFTNESS = 1 / 8  # width of the soft threshold in blocks
 FLOOR = -30.0  # of log w: nothing beside 1 in float32, and far from the numbers that CPUs are slow with
+LONGEST_BLOCK = WIDEST_HEAD = 128  # of a tile in the kernels: larger ones would not fit into registers
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -76,25 +82,54 @@ def seeded(seed: torch.Tensor | int, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(seed))
 
 
+def in_kernels(q: torch.Tensor, v: torch.Tensor, block: int, dropout: float) -> bool:
+    """Whether gpt2/attention/pruning_kernel.py computes it; a tile of it has a block's rows and a head's channels."""
+    return (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not dropout
+            and max(q.size(3), v.size(3)) <= WIDEST_HEAD and block <= LONGEST_BLOCK)
+
+
+def _attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sums: torch.Tensor, rows: tuple[int, int], block: int,
+                  scale: float, log_weight: torch.Tensor | None, y: torch.Tensor, level: torch.Tensor, values_only: bool,
+                  counts: bool, dropout: float, generator: torch.Generator | None) -> None:
+    """Rows [start, end): what they add to `sums` [B, H, T] if it `counts`; their part of y, if there is a `log_weight` [B, H, T]."""
+    start, end = rows
+    p = softmax_weights(q[:, :, start:end], k[:, :, :end], scale,
+                        None if values_only or log_weight is None else log_weight[:, :, :end])
+    if counts:
+        sums[:, :, :end] += relative(p, start)
+    if log_weight is None:
+        return
+    if values_only:
+        p *= log_weight[:, :, None, :end].exp()
+    if generator is not None:
+        p *= dropped(p.shape, dropout, generator, p)
+    first = q.size(2) - y.size(2)
+    y[:, :, start - first:end - first] = p.to(v.dtype) @ v[:, :, :end]
+
+
 @torch.library.custom_op("kablate::pruned_attention", mutates_args=())
 def pruned_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limit: torch.Tensor, seed: torch.Tensor, first: int,
                      block: int, scale: float, dropout: float, values_only: bool,
-                     soft: bool) -> tuple[torch.Tensor, torch.Tensor]:
+                     soft: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     B, H, T, _ = q.shape
     exact = wide(q.dtype)
     sums = torch.zeros(B, H, T, dtype=exact, device=q.device)
     living = torch.ones(B, H, T, dtype=torch.bool, device=q.device)
-    position = torch.arange(T, device=q.device)
-    log_weight = torch.zeros(B, H, len(blocks(T, first, block)), T, dtype=exact, device=q.device)
-    y = v.new_empty(B, H, T - first, v.size(3))
-    generator = seeded(seed, q.device) if dropout else None
+    position, count = torch.arange(T, device=q.device), limit.round()
+    y, log_weight, level = _outputs(q, v, first, block, dropout)
+    attend: Any
+    if in_kernels(q, v, block, dropout):
+        from gpt2.attention import pruning_kernel  # Triton comes with the builds of torch that know a GPU
+        attend, (q, k, v) = pruning_kernel.attend_block, map(_with_near_channels, (q, k, v))
+    else:
+        attend = functools.partial(_attend_block, dropout=dropout, generator=seeded(seed, q.device) if dropout else None)
     with full_precision(q):
         for _, start, end in blocks(first, 0, block):
-            sums[:, :, :end] += relative(softmax_weights(q[:, :, start:end], k[:, :, :end], scale), start)
+            attend(q, k, v, sums, (start, end), block, scale, None, y, level, values_only, True)
         for m, start, end in blocks(T, first, block):
-            n, now = start - block, log_weight[:, :, m]
+            n, now = start - block, log_weight[:, :, m].zero_()
             rank = ranks(sums[:, :, :n], position[:n], start, living[:, :, :n])
-            living[:, :, :n] &= rank < limit.round()
+            living[:, :, :n] &= rank < count
             if soft:
                 now[:, :, :n] = F.logsigmoid((limit - rank - 0.5) / (SOFTNESS * block))
                 if m:
@@ -102,33 +137,45 @@ def pruned_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limit: t
                 now.clamp_(min=FLOOR)
             else:
                 now.masked_fill_(~living, -math.inf)
-            p = softmax_weights(q[:, :, start:end], k[:, :, :end], scale, None if values_only else now[:, :, :end])
-            if end < T:
-                sums[:, :, :end] += relative(p, start)
-            if values_only:
-                p *= now[:, :, None, :end].exp()
-            if dropout:
-                p *= dropped(p.shape, dropout, generator, p)
-            y[:, :, start - first:end - first] = p.to(v.dtype) @ v[:, :, :end]
-    return y, log_weight
+            attend(q, k, v, sums, (start, end), block, scale, now, y, level, values_only, end < T)
+    return y, log_weight, level
+
+
+def _outputs(q: torch.Tensor, v: torch.Tensor, first: int, block: int, dropout: float) -> tuple[torch.Tensor, ...]:
+    """y, log_weight and level, of any content."""
+    B, H, T, _ = q.shape
+    level = (B, H, T - first) if in_kernels(q, v, block, dropout) else (0,)
+    return (v.new_empty(B, H, T - first, v.size(3)), q.new_empty(B, H, len(blocks(T, first, block)), T, dtype=wide(q.dtype)),
+            q.new_empty(level, dtype=wide(q.dtype)))
+
+
+def _with_near_channels(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 @pruned_attention.register_fake
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limit: torch.Tensor, seed: torch.Tensor, first: int, block: int,
       scale: float, dropout: float, values_only: bool,
       soft: bool) -> tuple[torch.Tensor, ...]:
-    B, H, T, _ = q.shape
-    return (v.new_empty(B, H, T - first, v.size(3)),
-            q.new_empty(B, H, len(blocks(T, first, block)), T, dtype=wide(q.dtype)))
+    return _outputs(q, v, first, block, dropout)
 
 
 @torch.library.custom_op("kablate::pruned_attention_backward", mutates_args=())
 def pruned_attention_backward(
         grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, log_weight: torch.Tensor,
-        seed: torch.Tensor, first: int, block: int, scale: float, dropout: float, values_only: bool,
+        level: torch.Tensor, seed: torch.Tensor, first: int, block: int, scale: float, dropout: float, values_only: bool,
         soft: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v and limit."""
     T, exact = q.size(2), wide(q.dtype)
+    if in_kernels(q, v, block, dropout):
+        from gpt2.attention import pruning_kernel
+        mean = (grad.to(exact) * y).sum(3)
+        dq, dk, dv, gain = pruning_kernel.backward(grad.to(v.dtype), *map(_with_near_channels, (q, k, v)), log_weight, level,
+                                                   mean, first, block, scale, values_only, soft)
+        if not soft:
+            return dq, dk, dv, log_weight.new_zeros(())
+        slopes = -torch.expm1(log_weight.diff(dim=2, prepend=torch.zeros_like(log_weight[:, :, :1]))) / (SOFTNESS * block)
+        return dq, dk, dv, (gain * slopes.cumsum(2)).sum()
     # The sums over blocks are in the wide type, as one matmul's would be.
     dq, dk, dv = (torch.zeros(x.shape, dtype=exact, device=x.device) for x in (q, k, v))
     dlimit = torch.zeros((), dtype=exact, device=q.device)
@@ -167,7 +214,7 @@ def pruned_attention_backward(
 
 @pruned_attention_backward.register_fake
 def _(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, log_weight: torch.Tensor,
-      seed: torch.Tensor, first: int, block: int, scale: float, dropout: float, values_only: bool,
+      level: torch.Tensor, seed: torch.Tensor, first: int, block: int, scale: float, dropout: float, values_only: bool,
       soft: bool) -> tuple[torch.Tensor, ...]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), log_weight.new_empty(())
 
@@ -176,12 +223,12 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, v, limit, seed, *settings = inputs
     ctx.settings, ctx.limit_type = settings, limit.dtype
     ctx.save_for_backward(q, k, v, *output, seed)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    q, k, v, y, log_weight, seed = ctx.saved_tensors
-    dq, dk, dv, dlimit = pruned_attention_backward(grad.contiguous(), q, k, v, y, log_weight, seed, *ctx.settings)
+def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    q, k, v, y, log_weight, level, seed = ctx.saved_tensors
+    dq, dk, dv, dlimit = pruned_attention_backward(grad.contiguous(), q, k, v, y, log_weight, level, seed, *ctx.settings)
     return dq, dk, dv, dlimit.to(ctx.limit_type), None, *(None for _ in ctx.settings)
 
 
@@ -204,6 +251,6 @@ def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limit: torch.Tensor, se
 
 @register_flop_formula(torch.ops.kablate.pruned_attention_backward)
 def _(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, log_weight: torch.Tensor,
-      seed: torch.Tensor, first: int, block: int, *settings: Any, out_shape: Any = None, **__: Any) -> int:
+      level: torch.Tensor, seed: torch.Tensor, first: int, block: int, *settings: Any, out_shape: Any = None, **__: Any) -> int:
     _, scores, values = _products(q, v, first, block)
     return 3 * scores + 2 * values

@@ -21,6 +21,7 @@ from lib import optimizers
 from lib.config import load
 from lib.mechanisms import Mechanisms
 from lib.report.caches import savings
+from tests.gpu import needs_gpu
 
 B, H, D, T, KEEP, BLOCK = 2, 3, 5, 40, 15, 3  # the last block is shorter
 SCALE = D ** -0.5
@@ -82,7 +83,7 @@ def test_the_rule_written_out(values_only):
     for training in (False, True):
         torch.testing.assert_close(module.train(training)(q, k, v, scale=SCALE), expected, rtol=0, atol=1e-12)
     limit, seed = torch.tensor(KEEP - 2 * BLOCK, dtype=q.dtype), torch.tensor(0)
-    _, log_weight = pruned_attention(q, k, v, limit, seed, 15, BLOCK, SCALE, 0.0, values_only, False)
+    _, log_weight, _ = pruned_attention(q, k, v, limit, seed, 15, BLOCK, SCALE, 0.0, values_only, False)
     assert torch.equal(deaths(log_weight, 15), death)
     assert len({tuple(row) for row in death.flatten(0, 1).tolist()}) == B * H, "by sequence and head"
     assert ((death == T).sum(2) == KEEP - BLOCK + 1).all(), "12 live on at the last border, 39, and one token comes after it"
@@ -122,6 +123,37 @@ def test_gradients_are_those_of_finite_differences(values_only, dropout, soft):
     assert torch.autograd.gradcheck(attended, (q, k, v, limit), atol=1e-7)
 
 
+@needs_gpu
+@MODES
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("tokens, keep, block, width", [(1024, 391, 64, 64), (200, 90, 13, 24), (96, 40, 7, 128)])
+def test_the_kernels_say_what_operations_do(values_only, soft, tokens, keep, block, width, monkeypatch):
+    """Of numbers of two bytes, held to operations on the same numbers in float32: no further from them than operations in
+    two bytes are, or little, and the same bits each time."""
+    def passed(dtype, kernels):
+        generator = torch.Generator("cuda").manual_seed(0)
+        q, k, v, g = ((1.5 * torch.randn(2, tokens, 3, width, generator=generator, device="cuda")).bfloat16().to(dtype)
+                      .transpose(1, 2) for _ in range(4))
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+        limit = torch.tensor(keep - 2.0 * block, device="cuda", requires_grad=soft)
+        first = 2 * block if soft else ((keep - block) // block + 1) * block
+        with monkeypatch.context() as patch:
+            if not kernels:
+                patch.setattr(pruning_op, "in_kernels", lambda *_: False)
+            y, log_weight, level = pruned_attention(q, k, v, limit, torch.tensor(0), first, block, width ** -0.5, 0.0, values_only,
+                                                    soft)
+            y.backward(g[:, :, first:])
+        assert (level.numel() > 0) == kernels
+        return [x.float() for x in (y, q.grad, k.grad, v.grad, *([limit.grad] if soft else []))], log_weight
+    (exact, decided), (plain, _), (found, ours), (again, _) = (
+        passed(dtype, kernels) for dtype, kernels in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True),
+                                                      (torch.bfloat16, True)))
+    if not soft:
+        assert ((decided == 0) == (ours == 0)).float().mean() > 0.99, "two that are about equal may change places"
+    for a, b, c, d in zip(exact, plain, found, again, strict=True):
+        assert torch.equal(c, d) and (c - a).norm() <= 1.5 * (b - a).norm() + 1e-3 * a.norm()
+
+
 @MODES
 @pytest.mark.parametrize("soft", [False, True])
 def test_the_operator_is_what_the_compiler_is_told(values_only, soft):
@@ -129,8 +161,8 @@ def test_the_operator_is_what_the_compiler_is_told(values_only, soft):
     limit = torch.tensor(8.7, requires_grad=soft)
     torch.library.opcheck(pruned_attention, (q, k, v, limit, torch.tensor(1), 15, BLOCK, SCALE, 0.1, values_only, soft),
                           test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
-    y, log_weight = pruned_attention(q, k, v, limit, torch.tensor(1), 15, BLOCK, SCALE, 0.0, values_only, soft)
-    assert y.requires_grad and not log_weight.requires_grad
+    y, log_weight, level = pruned_attention(q, k, v, limit, torch.tensor(1), 15, BLOCK, SCALE, 0.0, values_only, soft)
+    assert y.requires_grad and not log_weight.requires_grad and not level.requires_grad
 
 
 @MODES

@@ -1,0 +1,215 @@
+"""KV pruning's blocks of rows in Triton: what gpt2/attention/pruning_op.py computes by operations, without weights in memory.
+
+There is one program for each sequence and head (and tile, in the backward pass); it holds a tile of weights at a time. The
+forward pass of a block of rows goes over the keys twice: once for log sum exp, once for what depends on it, the sums of
+importance and the output. Which tokens a border drops is not decided here but between the blocks, by the one ranking. The
+backward pass makes weights anew from log sum exp, and is two kernels, so that no sum needs an atomic: one takes a tile of
+columns and gives dk and dv, one takes a block of rows and gives dq. Equal input gives equal bits.
+
+Scores, softmax, sums and gradients are float32; the operands of products are in the type of q, as they are by operations.
+`log_weight` is log w, -inf where a token is dropped. Sizes need not divide anything: what lies beyond an end is masked.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+COLUMNS = 64  # keys at a time
+SMALLEST = 16  # side of a product that a GPU's matrix units take
+
+
+@triton.jit
+def _tile(x, at, stride, width, wide: tl.constexpr, inside):
+    """Rows `at` of x, [len(at), wide]; 0 where they are not inside, and beyond `width`."""
+    channel = tl.arange(0, wide)
+    return tl.load(x + at[:, None] * stride + channel[None, :], mask=inside[:, None] & (channel[None, :] < width), other=0.0)
+
+
+@triton.jit
+def _scores(queries, keys, i, j, end, log_weight, scale, adds: tl.constexpr):
+    """[rows, columns] of tokens i and j, -inf where j is later or not before `end`; log w is added if it `adds`."""
+    s = tl.dot(queries, tl.trans(keys)) * scale
+    if adds:
+        s += tl.load(log_weight + j, mask=j < end, other=0.0)[None, :]
+    return tl.where((j[None, :] <= i[:, None]) & (j[None, :] < end), s, -float("inf"))
+
+
+@triton.jit(do_not_specialize=["start", "end"])
+def _forward(q, k, v, sums, log_weight, y, level, start, end, first, tokens, heads, scale, q_sequence, q_head, q_token,
+             k_sequence, k_head, k_token, v_sequence, v_head, v_token, w_head, key_dim: tl.constexpr, dim: tl.constexpr,
+             wide_key: tl.constexpr, wide: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, attends: tl.constexpr,
+             counts: tl.constexpr, values_only: tl.constexpr):
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // heads, head % heads
+    q += b * q_sequence + h * q_head
+    k += b * k_sequence + h * k_head
+    v += b * v_sequence + h * v_head
+    sums += head * tokens
+    log_weight += head * w_head
+    i = start + tl.arange(0, rows)
+    inside = i < end
+    queries = _tile(q, i, q_token, key_dim, wide_key, inside)
+    top = tl.full([rows], -float("inf"), tl.float32)
+    total = tl.zeros([rows], tl.float32)
+    for j0 in range(0, end, columns):
+        j = j0 + tl.arange(0, columns)
+        keys = _tile(k, j, k_token, key_dim, wide_key, j < end)
+        s = _scores(queries, keys, i, j, end, log_weight, scale, attends and not values_only)
+        higher = tl.maximum(top, tl.max(s, 1))
+        shift = tl.where(higher > -float("inf"), higher, 0.0)  # all tokens so far may be dropped
+        total = total * tl.exp(top - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
+        top = higher
+    log_sum = top + tl.log(total)
+    out = tl.zeros([rows, wide], tl.float32)
+    for j0 in range(0, end, columns):
+        j = j0 + tl.arange(0, columns)
+        keys = _tile(k, j, k_token, key_dim, wide_key, j < end)
+        s = _scores(queries, keys, i, j, end, log_weight, scale, attends and not values_only)
+        p = tl.where(inside[:, None], tl.exp(s - log_sum[:, None]), 0.0)
+        if counts:
+            seen = tl.sum(p * (i + 1).to(tl.float32)[:, None], 0)
+            tl.store(sums + j, tl.load(sums + j, mask=j < end, other=0.0) + seen, mask=j < end)
+        if attends:
+            if values_only:
+                p *= tl.exp(tl.load(log_weight + j, mask=j < end, other=0.0))[None, :]
+            out += tl.dot(p.to(v.dtype.element_ty), _tile(v, j, v_token, dim, wide, j < end))
+    if attends:
+        channel = tl.arange(0, wide)
+        row = head * (tokens - first) + i - first
+        tl.store(y + row[:, None] * dim + channel[None, :], out.to(y.dtype.element_ty),
+                 mask=inside[:, None] & (channel[None, :] < dim))
+        tl.store(level + row, log_sum, mask=inside)
+
+
+@triton.jit
+def _slopes(queries, keys, values, grads, mean, log_sum, i, j, start, end, log_weight, scale, values_only: tl.constexpr):
+    """Of a tile [rows, columns]: what weighs the values, the loss's gradient of it, and the gradient of the scores."""
+    s = _scores(queries, keys, i, j, end, log_weight, scale, not values_only)
+    p = tl.where((i < end)[:, None], tl.exp(s - log_sum[:, None]), 0.0)
+    gradient = tl.dot(grads, tl.trans(values))
+    if values_only:
+        w = tl.exp(tl.load(log_weight + j, mask=j < end, other=0.0))[None, :]
+        return p * w, gradient, p * (gradient * w - mean[:, None])
+    return p, gradient, p * (gradient - mean[:, None])
+
+
+@triton.jit
+def _backward_columns(q, k, v, grad, log_weight, level, mean, dk, dv, gain, first, block, tokens, heads, scale, q_sequence,
+                      q_head, q_token, k_sequence, k_head, k_token, v_sequence, v_head, v_token, w_head, key_dim: tl.constexpr,
+                      dim: tl.constexpr, wide_key: tl.constexpr, wide: tl.constexpr, rows: tl.constexpr,
+                      columns: tl.constexpr, values_only: tl.constexpr, soft: tl.constexpr):
+    head = tl.program_id(1).to(tl.int64)
+    b, h = head // heads, head % heads
+    q += b * q_sequence + h * q_head
+    k += b * k_sequence + h * k_head
+    v += b * v_sequence + h * v_head
+    later = tokens - first
+    grad += head * later * dim
+    level += head * later
+    mean += head * later
+    log_weight += head * w_head
+    gain += head * w_head
+    j0 = tl.program_id(0) * columns
+    j = j0 + tl.arange(0, columns)
+    keys = _tile(k, j, k_token, key_dim, wide_key, j < tokens)
+    values = _tile(v, j, v_token, dim, wide, j < tokens)
+    key_grad = tl.zeros([columns, wide_key], tl.float32)
+    value_grad = tl.zeros([columns, wide], tl.float32)
+    for m in range(tl.maximum(j0 - first, 0) // block, tl.cdiv(later, block)):
+        start = first + m * block
+        end = tl.minimum(start + block, tokens)
+        i = start + tl.arange(0, rows)
+        inside = i < end
+        queries = _tile(q, i, q_token, key_dim, wide_key, inside)
+        grads = _tile(grad, i - first, dim, dim, wide, inside)
+        log_sum = tl.load(level + i - first, mask=inside, other=0.0)
+        own = tl.load(mean + i - first, mask=inside, other=0.0)
+        weights, gradient, ds = _slopes(queries, keys, values, grads, own, log_sum, i, j, start, end, log_weight + m * tokens,
+                                        scale, values_only)
+        value_grad += tl.dot(tl.trans(weights.to(grads.dtype)), grads)
+        key_grad += tl.dot(tl.trans(ds.to(queries.dtype)), queries)
+        if soft:
+            tl.store(gain + m * tokens + j, tl.sum(weights * gradient if values_only else ds, 0), mask=j < tokens)
+    at = head * tokens + j
+    channel, value_channel = tl.arange(0, wide_key), tl.arange(0, wide)
+    tl.store(dk + at[:, None] * key_dim + channel[None, :], (key_grad * scale).to(dk.dtype.element_ty),
+             mask=(j < tokens)[:, None] & (channel[None, :] < key_dim))
+    tl.store(dv + at[:, None] * dim + value_channel[None, :], value_grad.to(dv.dtype.element_ty),
+             mask=(j < tokens)[:, None] & (value_channel[None, :] < dim))
+
+
+@triton.jit
+def _backward_rows(q, k, v, grad, log_weight, level, mean, dq, first, block, tokens, heads, scale, q_sequence, q_head, q_token,
+                   k_sequence, k_head, k_token, v_sequence, v_head, v_token, w_head, key_dim: tl.constexpr, dim: tl.constexpr,
+                   wide_key: tl.constexpr, wide: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+                   values_only: tl.constexpr):
+    m, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = head // heads, head % heads
+    q += b * q_sequence + h * q_head
+    k += b * k_sequence + h * k_head
+    v += b * v_sequence + h * v_head
+    later = tokens - first
+    log_weight += head * w_head + m * tokens
+    start = first + m * block
+    end = tl.minimum(start + block, tokens)
+    i = start + tl.arange(0, rows)
+    inside = i < end
+    queries = _tile(q, i, q_token, key_dim, wide_key, inside)
+    grads = _tile(grad + head * later * dim, i - first, dim, dim, wide, inside)
+    log_sum = tl.load(level + head * later + i - first, mask=inside, other=0.0)
+    own = tl.load(mean + head * later + i - first, mask=inside, other=0.0)
+    query_grad = tl.zeros([rows, wide_key], tl.float32)
+    for j0 in range(0, end, columns):
+        j = j0 + tl.arange(0, columns)
+        keys = _tile(k, j, k_token, key_dim, wide_key, j < end)
+        values = _tile(v, j, v_token, dim, wide, j < end)
+        _, _, ds = _slopes(queries, keys, values, grads, own, log_sum, i, j, start, end, log_weight, scale, values_only)
+        query_grad += tl.dot(ds.to(keys.dtype), keys)
+    channel = tl.arange(0, wide_key)
+    tl.store(dq + (head * tokens + i)[:, None] * key_dim + channel[None, :], (query_grad * scale).to(dq.dtype.element_ty),
+             mask=inside[:, None] & (channel[None, :] < key_dim))
+
+
+def _shapes(q: torch.Tensor, v: torch.Tensor, block: int) -> dict[str, int]:
+    def wide(size: int) -> int:
+        return max(triton.next_power_of_2(size), SMALLEST)
+    return {"key_dim": q.size(3), "dim": v.size(3), "wide_key": wide(q.size(3)), "wide": wide(v.size(3)), "rows": wide(block),
+            "columns": COLUMNS}
+
+
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    if any(x.stride(3) != 1 for x in tensors):
+        raise ValueError("channels must be contiguous")
+    return [x.stride(axis) for x in tensors for axis in (0, 1, 2)]
+
+
+def attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sums: torch.Tensor, rows: tuple[int, int], block: int,
+                 scale: float, log_weight: torch.Tensor | None, y: torch.Tensor, level: torch.Tensor, values_only: bool,
+                 counts: bool) -> None:
+    """Rows [start, end) of q, k [B, H, T, key_dim] and v [B, H, T, D], whose channels are contiguous: what they add to `sums`
+    [B, H, T] if it `counts`, and, if there is a `log_weight`, [B, H, T] with a stride by head, their places in y
+    [B, H, T - first, D] and in `level`, their log sum exp [B, H, T - first]."""
+    B, H, T, _ = q.shape
+    attends = log_weight is not None
+    w, w_head = (log_weight, log_weight.stride(1)) if attends else (sums, 0)
+    with torch.cuda.device_of(q):
+        _forward[(B * H,)](q, k, v, sums, w, y, level, *rows, T - y.size(2), T, H, scale, *_strides(q, k, v), w_head,
+                           **_shapes(q, v, block), attends=attends, counts=counts, values_only=values_only)
+
+
+def backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_weight: torch.Tensor,
+             level: torch.Tensor, mean: torch.Tensor, first: int, block: int, scale: float, values_only: bool,
+             soft: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, and with `soft` that of log w [B, H, M, T], of `grad` [B, H, T - first, D], log_weight
+    [B, H, M, T], and level and mean [B, H, T - first], all contiguous."""
+    B, H, T, _ = q.shape
+    M = log_weight.size(2)
+    dq, dk, dv = q.new_zeros(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    gain = torch.zeros_like(log_weight) if soft else log_weight
+    common = (first, block, T, H, scale, *_strides(q, k, v), M * T)
+    with torch.cuda.device_of(q):
+        _backward_columns[(triton.cdiv(T, COLUMNS), B * H)](q, k, v, grad, log_weight, level, mean, dk, dv, gain, *common,
+                                                            **_shapes(q, v, block), values_only=values_only, soft=soft)
+        _backward_rows[(M, B * H)](q, k, v, grad, log_weight, level, mean, dq, *common, **_shapes(q, v, block),
+                                   values_only=values_only)
+    return dq, dk, dv, gain
