@@ -91,7 +91,7 @@ def in_kernels(q: torch.Tensor, v: torch.Tensor, block: int, dropout: float) -> 
 def _attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sums: torch.Tensor, rows: tuple[int, int], block: int,
                   scale: float, log_weight: torch.Tensor | None, y: torch.Tensor, level: torch.Tensor, values_only: bool,
                   counts: bool, dropout: float, generator: torch.Generator | None) -> None:
-    """Rows [start, end): what they add to `sums` [B, H, T] if it `counts`; their part of y, if there is a `log_weight` [B, H, T]."""
+    """Rows [start, end): what they add to `sums` [B, H, T] if it `counts`; their part of y, if there is a `log_weight`."""
     start, end = rows
     p = softmax_weights(q[:, :, start:end], k[:, :, :end], scale,
                         None if values_only or log_weight is None else log_weight[:, :, :end])
@@ -120,7 +120,7 @@ def pruned_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limit: t
     attend: Any
     if in_kernels(q, v, block, dropout):
         from gpt2.attention import pruning_kernel  # Triton comes with the builds of torch that know a GPU
-        attend, (q, k, v) = pruning_kernel.attend_block, map(_with_near_channels, (q, k, v))
+        attend, q, k, v = pruning_kernel.attend_block, *_with_near_channels(q, k, v)
     else:
         attend = functools.partial(_attend_block, dropout=dropout, generator=seeded(seed, q.device) if dropout else None)
     with full_precision(q):
@@ -149,8 +149,8 @@ def _outputs(q: torch.Tensor, v: torch.Tensor, first: int, block: int, dropout: 
             q.new_empty(level, dtype=wide(q.dtype)))
 
 
-def _with_near_channels(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
+def _with_near_channels(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [x if x.stride(3) == 1 else x.contiguous() for x in tensors]
 
 
 @pruned_attention.register_fake
@@ -170,8 +170,9 @@ def pruned_attention_backward(
     if in_kernels(q, v, block, dropout):
         from gpt2.attention import pruning_kernel
         mean = (grad.to(exact) * y).sum(3)
-        dq, dk, dv, gain = pruning_kernel.backward(grad.to(v.dtype), *map(_with_near_channels, (q, k, v)), log_weight, level,
-                                                   mean, first, block, scale, values_only, soft)
+        q, k, v = _with_near_channels(q, k, v)
+        dq, dk, dv, gain = pruning_kernel.backward(grad.to(v.dtype), q, k, v, log_weight, level, mean, first, block, scale,
+                                                   values_only, soft)
         if not soft:
             return dq, dk, dv, log_weight.new_zeros(())
         slopes = -torch.expm1(log_weight.diff(dim=2, prepend=torch.zeros_like(log_weight[:, :, :1]))) / (SOFTNESS * block)

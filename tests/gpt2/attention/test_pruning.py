@@ -140,8 +140,8 @@ def test_the_kernels_say_what_operations_do(values_only, soft, tokens, keep, blo
         with monkeypatch.context() as patch:
             if not kernels:
                 patch.setattr(pruning_op, "in_kernels", lambda *_: False)
-            y, log_weight, level = pruned_attention(q, k, v, limit, torch.tensor(0), first, block, width ** -0.5, 0.0, values_only,
-                                                    soft)
+            y, log_weight, level = pruned_attention(q, k, v, limit, torch.tensor(0), first, block, width ** -0.5, 0.0,
+                                                    values_only, soft)
             y.backward(g[:, :, first:])
         assert (level.numel() > 0) == kernels
         return [x.float() for x in (y, q.grad, k.grad, v.grad, *([limit.grad] if soft else []))], log_weight
