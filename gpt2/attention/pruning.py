@@ -16,10 +16,10 @@ Shapes: q, k [B, H, T, key_dim], v [B, H, T, D] -> [B, H, T, D].
 Invariants: a decision at border t reads queries and keys of tokens before t only, of its own sequence and head. Training,
 evaluation and decoding follow one rule, through one ranking (`ranks`). Sums of importance are float32 (float64 of float64).
 Training works by blocks of b rows, [B, H, b, <=T] at a time, and computes them anew in the backward pass (one operator,
-gpt2/attention/pruning_op.py), so what is kept for it is a few times q, k and v and a number for every token and block, not
-T x T. Rows before the first drop are one SDPA call (which on the CPU, with dropout, keeps its weights, as the baseline's does).
-FlexAttention does not do it: it gives no column sums, which the importance is, and on the CPU it has no backward pass. b need
-not divide T; the last block is then shorter.
+gpt2/attention/pruning_op.py; on a GPU kernels), so what is kept for it is a few times q, k and v and a number for every token
+and block, not T x T. Rows before the first drop are one SDPA call (which on the CPU, with dropout, keeps its weights, as the
+baseline's does). FlexAttention does not do it: it gives no column sums, which the importance is, and on the CPU it has no
+backward pass. b need not divide T; the last block is then shorter.
 
 Learned share (`learned`): the layer has a parameter, k = round(share T) in evaluation and decoding, share = sigmoid(logit). In
 training the drop is soft, so that the share gets a gradient: with r_j the rank of a candidate by importance, from 0, a border

@@ -12,7 +12,7 @@ from scripts.diagramming.sources import Sources, Waits
 
 STUDY = "gpt2-kv-frontier-ablation"
 TINY, TINY_DECODE = "gpt2-kv-frontier-ablation+tiny", "decode.json"
-LATENTS = "gpt2-kvsplice-ablation+local+brief"
+TRAINED = "gpt2-kv-frontier-ablation+local+brief"
 DECODE, DECODE_FILE = "bench-decode", "h100-blocks.json"
 COLOURS = {"keys": STD, "values": VALUE, "latents": REC, "index": PALETTE[3]}
 KINDS = {"baseline": (NEUTRAL, "o"), "latents": (REC, "s"), "pruned or compressed": (VALUE, "D")}
@@ -70,7 +70,7 @@ def quality_speed_tradeoff(sources: Sources) -> Figure:
     figure, axes = panels("Quality and decoding speed", "Right and down is better. Loss: mean over seeds. Speed: beside the "
                           "baseline in the same run.", 7.2, rows=2, left=0.85, right=2.4, space=(0, 0.42), top=0.5,
                           heights=(4, 3))
-    for ax, (results, decode, file) in zip(axes, ((TINY, TINY, TINY_DECODE), (LATENTS, DECODE, DECODE_FILE)), strict=True):
+    for ax, (results, decode, file) in zip(axes, ((TINY, TINY, TINY_DECODE), (TRAINED, DECODE, DECODE_FILE)), strict=True):
         report, record = sources.read(results, "report.json"), sources.read(decode, file)
         batch = max(record["batches"])
         measured = speeds(record, batch)

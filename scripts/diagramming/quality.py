@@ -12,8 +12,8 @@ from lib.report.charts import DASHES, NEUTRAL, PALETTE, WORDS
 from scripts.diagramming.canvas import SOFT, panels, room_for, rows_of
 from scripts.diagramming.sources import Sources, Waits
 
-LATENTS = "gpt2-kvsplice-ablation+local+brief"
-ROUTER = "gpt2-ra-baseline-vs-routing*"
+CACHES = "gpt2-kv-frontier-ablation+local+brief"
+ROUTER = "gpt2-ra-baseline-vs-routing+local+brief"
 MARKERS = {"triangle-down": "v", "triangle-up": "^", "diamond": "D", "square": "s", "circle": "o", "cross": "X"}
 
 
@@ -52,8 +52,8 @@ def forest(report: dict, title: str) -> Figure:
 
 
 def validation_quality(sources: Sources) -> Figure:
-    """Latent caches against GPT-2's."""
-    return forest(sources.read(LATENTS, "report.json"), "Validation quality with a latent cache")
+    """Smaller caches against GPT-2's."""
+    return forest(sources.read(CACHES, "report.json"), "Validation quality with a smaller cache")
 
 
 def router_final_comparison(sources: Sources) -> Figure:

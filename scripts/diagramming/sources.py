@@ -92,23 +92,16 @@ class Sources:
 
     # Committed results
 
-    def folder(self, name: str) -> Path:
-        """docs/results/NAME, where NAME may end in '*': the last that is there."""
-        found = [path for path in sorted(self.results.glob(name)) if path.is_dir()]
-        if not found:
-            raise Waits(f"docs/results/{name}")
-        return found[-1]
-
     def read(self, folder: str, file: str) -> dict[str, Any]:
         """A JSON file of a folder of results."""
-        path = self.folder(folder) / file
+        path = self.results / folder / file
         if not path.exists():
             raise Waits(f"docs/results/{folder}/{file}")
         return json.loads(path.read_text())
 
     def curves(self, folder: str) -> Iterator[tuple[dict, list[dict]]]:
         """(metrics.json, rows of metrics.jsonl) of every cell that was packed with the results, in the order of names."""
-        path = self.folder(folder) / "cells.tar.xz"
+        path = self.results / folder / "cells.tar.xz"
         if not path.exists():
             raise Waits(f"docs/results/{folder}/cells.tar.xz")
         with tarfile.open(path) as archive:

@@ -84,9 +84,9 @@ def test_caches_are_those_that_cells_measured(sources):
     """Bytes of the picture's models, and those in a committed report of cells that ran."""
     import torch
 
-    from scripts.diagramming.caches import LATENTS, STUDY
+    from scripts.diagramming.caches import STUDY, TRAINED
 
-    measured = {step["name"]: step["kv_cache"]["bytes"] for step in sources.read(LATENTS, "report.json")["steps"]}
+    measured = {step["name"]: step["kv_cache"]["bytes"] for step in sources.read(TRAINED, "report.json")["steps"]}
     step = next(name for name in sources.steps(STUDY) if name in measured)
     assert sources.model(STUDY, step).new_cache(1, dtype=torch.bfloat16).nbytes() == measured[step]
     said = texts((IMAGES / "cache_compression.svg").read_text())
@@ -125,7 +125,9 @@ def test_a_picture_that_waits_leaves_no_older_one(tmp_path, capsys):
 
 def test_results_that_come_later_are_drawn(tmp_path):
     """A router's study under its name, made of another's report, and one that was asked downstream tasks."""
-    (tmp_path / "gpt2-ra-baseline-vs-routing+x").symlink_to(RESULTS / "gpt2-kvsplice-ablation+local+brief")
+    from scripts.diagramming.quality import ROUTER
+
+    (tmp_path / ROUTER).symlink_to(RESULTS / "gpt2-kvsplice-ablation+local+brief")
     (tmp_path / "asked").mkdir()
     row = {"name": "X9", "task": "a_task", "metric": "acc", "items": 70, "seeds": 3}
     compared = {"difference": 0.1, "low": -0.1, "high": 0.3, "items": 69, "seeds": [1, 2]}
