@@ -1,8 +1,8 @@
 """Curvature of a loss in its parameters: extreme eigenvalues and trace of the Hessian, by Hessian-vector products.
 
     H = second derivative of the mean of loss_w(theta) over w     theta: all trainable parameters, a tied one once
-    eigmax, eigmin      Lanczos from a fixed start, with full reorthogonalisation; `residual` says how far eigmax is off:
-                        |H v - eigmax v| / eigmax of its Ritz vector v, a bound of its relative error
+    eigmax, eigmin      Lanczos from a fixed start, with full reorthogonalisation; `residual` says how far eigmax is from an
+                        eigenvalue at most, |H v - eigmax v| / eigmax of its Ritz vector v; that none is larger it does not say
     trace               Hutchinson's mean of z H z over z of random signs; `trace_error` is its standard error
     eigmax_over_mean    eigmax / (trace / number of parameters): how far the sharpest direction stands out
 
@@ -16,6 +16,7 @@ Sources: Lanczos 1950; Hutchinson 1990; Ghorbani et al. 2019 (arXiv 1901.10159) 
 vectors on the host in float64, 1 GB each for GPT-2; here they stay on the device in float32.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,7 +60,9 @@ class Hessian:
             except (RuntimeError, NotImplementedError) as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
-                raise NoSecondDerivative(str(error).splitlines()[0][:160]) from None
+                said = str(error).splitlines()[0][:160]
+                once = re.search(r"backward through (\S+?)(?:\.default)? but no autograd formula", said)
+                raise NoSecondDerivative(f"{once[1]} has no derivative" if once else said) from None
         return total / len(self.losses)
 
     @torch.no_grad()

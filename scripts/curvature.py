@@ -50,7 +50,8 @@ def about(found: dict) -> list[str]:
     worst = max((one["max"] for one in residuals if one), default=None)
     return [*describing.windows_said(found), "Weights that compute the same may have other curvature (gates, products of "
             "matrices), so this compares parametrisations as well as landscapes.",
-            *([] if worst is None else [f"The largest eigenvalues are within {100 * worst:.2g} % of the true ones."])]
+            *([] if worst is None else [f"Each eigmax is within {100 * worst:.2g} % of an eigenvalue; that it is the largest "
+                                        "one is what Lanczos makes likely, and does not prove."])]
 
 
 MEASURE = describing.Measure(

@@ -92,6 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
         context = records[0]["configuration"]["GPT2_BLOCK_SIZE"]
         where = (f"Speed: relative to {decode['baseline']}, timed beside each; batch {batch}, context {context}, "
                  f"{decode['environment']['device']}, torch {decode['environment']['torch']}, {decode['dtype']}.")
+        if not decode.get("eager", True) and any("index" in (r.get("kv_cache_parts") or {}) for r in records):
+            where += "\nOf a pruned cache: of a step between two borders, without what ranking and dropping take at one."
         picture = charts.png(frontier.chart(found, study, where, decode["baseline"]))
         text = frontier.markdown(found, study, where)
     except ModuleNotFoundError as error:

@@ -30,13 +30,14 @@ multiplies its weight w_j by
 In the limit tau -> 0 that is the hard rule. w multiplies p_ij (values only), or log w is added to the scores. `penalty` pulls
 the share towards its start.
 
-Source: reciprocal-architecture-kvsplice-2025-11-11. What is not true of it: its runs summed the importance over all queries, so
-tokens were chosen with knowledge of the future, and the gains told of these steps came with that leak. "62 % less memory" was
-said of values alone; with keys kept, the cache shrinks by 30 %. It is not faster: training computes all weights, in more passes
-than one SDPA call (at 128 channels and T = 1024 a step takes 1.4 to 1.7 times as long on a CPU), and decoding saves bytes, not
-launches. What a learned share trains is not quite what is evaluated, where the drop is hard. Decoding equals the full pass to
-rounding only as long as no two importances at the threshold are nearer to each other than rounding: in bfloat16 a chunk of
-another length may keep another of two tokens that are about equal.
+Source: reciprocal-architecture-kvsplice-2025-11-11. What is not true of it: its runs summed the importance over all queries,
+so tokens were chosen with knowledge of the future, and the gains told of these steps came with that leak. "62 % less memory"
+was said of values alone; with keys kept, the cache shrinks by 30 %. Training is not faster: it computes all weights, in more
+passes than one SDPA call (at 128 channels and T = 1024 a step takes 1.4 to 1.7 times as long on a CPU); decoding saves bytes,
+not launches, which pays for many sequences only. What a learned share trains is not quite what is evaluated, where the drop is
+hard. Decoding equals the full pass to rounding only as long as no two importances at the threshold are nearer to each other
+than rounding: in bfloat16 a chunk of another length may keep another of two tokens that are about equal. On a GPU that
+rounding is of two kinds in half precision: scores are float32 in the kernels of a full pass, and of two bytes in decoding.
 """
 
 import math

@@ -4,7 +4,13 @@ There is one program for each sequence and head (and tile, in the backward pass)
 forward pass of a block of rows goes over the keys twice: once for log sum exp, once for what depends on it, the sums of
 importance and the output. Which tokens a border drops is not decided here but between the blocks, by the one ranking. The
 backward pass makes weights anew from log sum exp, and is two kernels, so that no sum needs an atomic: one takes a tile of
-columns and gives dk and dv, one takes a block of rows and gives dq. Equal input gives equal bits.
+columns and gives dk and dv, one takes a block of rows and gives dq. Equal input gives equal bits. Keys and values:
+
+    s = scale q k^T + log w,    p = exp(s - level),    y = p v,    ds = p (g v^T - rowsum(g y))
+
+Values only, where w multiplies p instead:
+
+    s = scale q k^T,    p = exp(s - level),    y = (w p) v,    ds = p (w g v^T - rowsum(g y))
 
 Scores, softmax, sums and gradients are float32; the operands of products are in the type of q, as they are by operations.
 `log_weight` is log w, -inf where a token is dropped. Sizes need not divide anything: what lies beyond an end is masked.

@@ -31,7 +31,7 @@ from gpt2.layers import full_precision
 
 SOFTNESS = 1 / 8  # width of the soft threshold in blocks
 FLOOR = -30.0  # of log w: nothing beside 1 in float32, and far from the numbers that CPUs are slow with
-LONGEST_BLOCK = WIDEST_HEAD = 128  # of a tile in the kernels: larger ones would not fit into registers
+WIDEST_TILE, LARGEST_TILE = 128, 128 * 64  # of the kernels, padded to powers of two: a larger one does not fit into small GPUs
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -84,8 +84,9 @@ def seeded(seed: torch.Tensor | int, device: torch.device) -> torch.Generator:
 
 def in_kernels(q: torch.Tensor, v: torch.Tensor, block: int, dropout: float) -> bool:
     """Whether gpt2/attention/pruning_kernel.py computes it; a tile of it has a block's rows and a head's channels."""
+    rows, channels = (1 << (size - 1).bit_length() for size in (block, max(q.size(3), v.size(3))))
     return (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not dropout
-            and max(q.size(3), v.size(3)) <= WIDEST_HEAD and block <= LONGEST_BLOCK)
+            and max(rows, channels) <= WIDEST_TILE and rows * channels <= LARGEST_TILE)
 
 
 def _attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sums: torch.Tensor, rows: tuple[int, int], block: int,

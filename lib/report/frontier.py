@@ -92,7 +92,7 @@ def unit(found: list[dict]) -> tuple[str, int]:
 
 
 def markdown(found: list[dict], study: str, where: str) -> str:
-    """frontier.md; `where` says what was measured on."""
+    """frontier.md; `where` says what was measured on, in lines."""
     name, size = unit(found)
     largest = max(p["cache_bytes"] for p in found)
     rows = [[p["name"], str(p["n"]), f"{p['val_loss']:.4f}", f"{p['low']:.4f} .. {p['high']:.4f}",
@@ -127,8 +127,9 @@ def chart(found: list[dict], title: str, where: str, baseline: str) -> dict:
               *([_panel(speed, losses, (0, top), False, f"decoding speed, relative to {baseline}", marks)] if speed else [])]
     return {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", "hconcat": panels, "spacing": 28,
             "title": {"text": title, "subtitle": [
-                where, "Point: mean over seeds; bar: smallest to largest seed; dots: single seeds; hollow, unnamed: "
-                "plain PCA in the place of its codec.",
+                *where.splitlines(),
+                "Point: mean over seeds; bar: smallest to largest seed; dots: single seeds; hollow, unnamed: plain PCA in the "
+                "place of its codec.",
                 "Line: the frontier, where no other step is as good with a smaller cache (left) or a higher speed (right). It "
                 "joins means; verdicts are the report's."]},
             "description": "; ".join(f"{p['name']}: loss {p['val_loss']:.4f}, cache {p['cache_bytes']} bytes" for p in found)}

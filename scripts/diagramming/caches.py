@@ -8,12 +8,13 @@ from matplotlib.patches import Patch
 
 from lib.tables import plural, size
 from scripts.diagramming.canvas import INK, NEUTRAL, PALETTE, REC, SOFT, STD, VALUE, panels, pointed_out, rows_of, tint
-from scripts.diagramming.sources import Sources, Waits
+from scripts.diagramming.sources import Sources, Waits, with_fewer_seeds
 
 STUDY = "gpt2-kv-frontier-ablation"
 TINY, TINY_DECODE = "gpt2-kv-frontier-ablation+tiny", "decode.json"
 TRAINED = "gpt2-kv-frontier-ablation+local+brief"
 DECODE, DECODE_FILE = "bench-decode", "h100-blocks.json"
+COMPRESSED_FILE = "h100-splice.json"  # the compressed caches at the larger batch, on the same GPU
 COLOURS = {"keys": STD, "values": VALUE, "latents": REC, "index": PALETTE[3]}
 KINDS = {"baseline": (NEUTRAL, "o"), "latents": (REC, "s"), "pruned or compressed": (VALUE, "D")}
 HATCHES = {"keys": "", "values": "//", "latents": "\\\\", "index": "xx"}
@@ -67,27 +68,30 @@ def device(record: dict) -> str:
 
 def quality_speed_tradeoff(sources: Sources) -> Figure:
     """Final validation loss against decoding speed, of both sizes at which both are committed."""
-    figure, axes = panels("Quality and decoding speed", "Right and down is better. Loss: mean over seeds. Speed: beside the "
-                          "baseline in the same run.", 7.2, rows=2, left=0.85, right=2.4, space=(0, 0.42), top=0.5,
+    figure, axes = panels("Quality and decoding speed", "Right and down is better. Speed: beside the baseline's; on the GPU of "
+                          "pruned caches between two borders.", 7.2, rows=2, left=0.85, right=2.4, space=(0, 0.42), top=0.5,
                           heights=(4, 3))
-    for ax, (results, decode, file) in zip(axes, ((TINY, TINY, TINY_DECODE), (TRAINED, DECODE, DECODE_FILE)), strict=True):
-        report, record = sources.read(results, "report.json"), sources.read(decode, file)
+    of_both = (TINY, TINY, [TINY_DECODE]), (TRAINED, DECODE, [DECODE_FILE, COMPRESSED_FILE])
+    for ax, (results, decode, files) in zip(axes, of_both, strict=True):
+        report = sources.read(results, "report.json")
+        record, *more = [sources.read(decode, file) for file in files]
         batch = max(record["batches"])
-        measured = speeds(record, batch)
+        measured = {step: row for one in (*more, record) for step, row in speeds(one, batch).items()}
         base = report["baseline"]
-        points, looks = [], {}
+        points, looks, most = [], {}, max(step["seeds_done"] for step in report["steps"])
         for step in report["steps"]:
             name = step["name"]
             row = measured.get(record["baseline"] if name == base else name)
             if row and step["mean"]["val_loss"] is not None:
-                points.append((row["speed"], step["mean"]["val_loss"], name))
-                looks[name] = KINDS["baseline" if name == base else
+                label = with_fewer_seeds(step, most)
+                points.append((row["speed"], step["mean"]["val_loss"], label))
+                looks[label] = KINDS["baseline" if name == base else
                                     "latents" if "latents" in step["kv_cache"]["parts"] else "pruned or compressed"]
         if not points:
-            raise Waits(f"docs/results/{decode}/{file} with steps of {results}")
+            raise Waits(f"docs/results/{decode}/{files[0]} with steps of {results}")
         pointed_out(ax, points, looks)
         ax.set(xlabel=f"decoding speed over {base}'s", ylabel="validation loss (nats)")
-        ax.set_title(f"{'tiny' if 'tiny' in results else '124M'}, {report['steps'][0]['seeds_done']} seeds; speed on "
+        ax.set_title(f"{'tiny' if 'tiny' in results else '124M'}, {most} seeds; speed on "
                      f"{device(record)}, {batch} sequences of {record['contexts'][0]} tokens", fontsize=10, color=INK)
         ax.grid(linewidth=0.6)
     _legend(figure, [Line2D([], [], color=colour, marker=marker, linestyle="", label=kind)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from lib.report import curves
 from lib.report.charts import DASHES, NEUTRAL, PALETTE, WORDS
 from scripts.diagramming.canvas import SOFT, panels, room_for, rows_of
-from scripts.diagramming.sources import Sources, Waits
+from scripts.diagramming.sources import Sources, Waits, with_fewer_seeds
 
 CACHES = "gpt2-kv-frontier-ablation+local+brief"
 ROUTER = "gpt2-ra-baseline-vs-routing+local+brief"
@@ -21,10 +21,10 @@ def forest(report: dict, title: str) -> Figure:
     """Perplexity by seed, and beside it the paired difference of the loss with its interval and the verdict."""
     steps, base = report["steps"], report["baseline"]
     seeds = max(step["seeds_done"] for step in steps)
+    names = [with_fewer_seeds(step, seeds) for step in steps]
     figure, axes = panels(title, f"Left: {seeds} seeds and their mean. Right: difference of the loss to {base}, 95 % intervals "
-                          "of paired seeds.", 1.8 + 0.4 * len(steps), columns=2, left=room_for(step["name"] for step in steps),
+                          "of paired seeds.", 1.8 + 0.4 * len(steps), columns=2, left=room_for(names),
                           right=1.45, space=(0.12, 0), top=0.15)
-    names = [step["name"] for step in steps]
     for ax in axes:
         rows_of(ax, names)
     for row, step in enumerate(steps):

@@ -18,6 +18,7 @@ from lib.errors import UserError
 from lib.kconfig import Assignment, Schema, read_layer
 from lib.paths import ROOT
 from lib.steps import step_path
+from lib.tables import plural
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,6 +30,12 @@ RESULTS = ROOT / "docs/results"
 
 class Waits(Exception):
     """A picture's results are not committed; the text names what is missing, below docs/results."""
+
+
+def with_fewer_seeds(step: dict[str, Any], most: int) -> str:
+    """The name of a report's step, with its count of seeds if that is below `most`."""
+    done = step["seeds_done"]
+    return step["name"] if done == most else f"{step['name']} ({plural(done, 'seed')})"
 
 
 class Sources:

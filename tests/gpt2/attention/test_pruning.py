@@ -126,13 +126,15 @@ def test_gradients_are_those_of_finite_differences(values_only, dropout, soft):
 @needs_gpu
 @MODES
 @pytest.mark.parametrize("soft", [False, True])
-@pytest.mark.parametrize("tokens, keep, block, width", [(1024, 391, 64, 64), (200, 90, 13, 24), (96, 40, 7, 128)])
-def test_the_kernels_say_what_operations_do(values_only, soft, tokens, keep, block, width, monkeypatch):
+@pytest.mark.parametrize("tokens, keep, block, width", [(1024, 391, 64, 64), (200, 90, 13, 24), (96, 40, 7, 128),
+                                                        (600, 391, 128, 64)])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_the_kernels_say_what_operations_do(values_only, soft, tokens, keep, block, width, half, monkeypatch):
     """Of numbers of two bytes, held to operations on the same numbers in float32: no further from them than operations in
     two bytes are, or little, and the same bits each time."""
     def passed(dtype, kernels):
         generator = torch.Generator("cuda").manual_seed(0)
-        q, k, v, g = ((1.5 * torch.randn(2, tokens, 3, width, generator=generator, device="cuda")).bfloat16().to(dtype)
+        q, k, v, g = ((1.5 * torch.randn(2, tokens, 3, width, generator=generator, device="cuda")).to(half).to(dtype)
                       .transpose(1, 2) for _ in range(4))
         q, k, v = (x.requires_grad_() for x in (q, k, v))
         limit = torch.tensor(keep - 2.0 * block, device="cuda", requires_grad=soft)
@@ -146,8 +148,7 @@ def test_the_kernels_say_what_operations_do(values_only, soft, tokens, keep, blo
         assert (level.numel() > 0) == kernels
         return [x.float() for x in (y, q.grad, k.grad, v.grad, *([limit.grad] if soft else []))], log_weight
     (exact, decided), (plain, _), (found, ours), (again, _) = (
-        passed(dtype, kernels) for dtype, kernels in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True),
-                                                      (torch.bfloat16, True)))
+        passed(dtype, kernels) for dtype, kernels in ((torch.float32, False), (half, False), (half, True), (half, True)))
     if not soft:
         assert ((decided == 0) == (ours == 0)).float().mean() > 0.99, "two that are about equal may change places"
     for a, b, c, d in zip(exact, plain, found, again, strict=True):
