@@ -37,6 +37,7 @@ OF_THE_MOMENT = ("resumed", "shared_device", "peak_memory_bytes", "tokens_per_se
 OF_THE_MOMENT_IN_ROWS = ("forward_time_ms", "steps_per_second", *OF_THE_MOMENT)
 QUIET_SECONDS = 60.0  # within which everything has ended once make has; a cell finishes its step and saves
 MAKE_SECONDS = 600.0
+TRIES = 3  # at stopping a cell while it trains
 NO_PICTURES = "raise ModuleNotFoundError(name='vl_convert')\n"  # they take longer than the cells
 
 
@@ -314,15 +315,20 @@ def last_lines(said: str, number: int = 4) -> str:
 
 
 def interrupt(study: Study) -> None:
-    """Begin (or resume) the study and stop it once its cell trains: there is a checkpoint then."""
-    with Files(study.out.parent) as files:
-        process = study.start("cells", "RETRY=1")
-        while process.poll() is None:
-            event = files.next(0.2)
-            if event and (event.name, event.what) == ("metrics.jsonl", "written to"):
-                send(study.folder, process.pid, signal.SIGTERM, group=True)
-                break
-        study.wait(process)
-    study.settle()
-    if not any(list(cell.glob("checkpoint*.pt")) for cell in study.cells()):
-        raise Failed(f"a cell was stopped and has left no checkpoint: {last_lines(study.said())}")
+    """Begin (or resume) the study and stop it once its cell trains: there is a checkpoint then. A cell that was done before it
+    could be stopped, on a machine that was busy with something else, is begun anew."""
+    for _ in range(TRIES):
+        with Files(study.out.parent) as files:
+            process = study.start("cells", "RETRY=1")
+            while process.poll() is None:
+                event = files.next(0.2)
+                if event and (event.name, event.what) == ("metrics.jsonl", "written to"):
+                    send(study.folder, process.pid, signal.SIGTERM, group=True)
+                    break
+            study.wait(process)
+        study.settle()
+        if any(list(cell.glob("checkpoint*.pt")) for cell in study.cells()):
+            return
+        for cell in study.cells():
+            shutil.rmtree(cell)
+    raise Failed(f"a cell was stopped {TRIES} times and has left no checkpoint: {last_lines(study.said())}")
