@@ -2,9 +2,9 @@
 
 Reads the finished cells of a results folder (default: the configured study's) and what `make bench-decode FILE=...` kept of the
 same steps at the same sizes (in several files, if they are of one machine and one way of measuring: FILE="a.json b.json"), and
-writes frontier.md and frontier.png into the folder. Every finished cell with a cache takes
-part; a step whose speed was not measured, or at other sizes, stands in the panel of bytes only, and frontier.md says why. A
-cell whose mechanism never acted within its budget is left out.
+writes frontier.md and frontier.png into the folder. Every finished cell with a cache takes part; a step whose speed was not
+measured, or at other sizes, stands in the panel of bytes only, and frontier.md says why. A cell whose mechanism never acted
+within its budget is left out.
 """
 
 import argparse
@@ -41,21 +41,21 @@ def read_decode(path: Path) -> dict:
 SAME = ("baseline", "eager", "compiled", "dtype")
 
 
-def read_all(paths: list[Path]) -> dict:
-    """Several files of one machine and one way of measuring as one; of a row that is in two, the first file's."""
-    first, *others = [read_decode(path) for path in paths]
+def joined(records: dict[Path, dict]) -> dict:
+    """What several files of one machine and one way of measuring hold, as one; of a row that is in two, the first file's."""
+    (origin, first), *others = records.items()
     rows = {(row["step"], row["context"], row["batch"]): row for row in first["rows"]}
-    for path, other in zip(paths[1:], others, strict=True):
+    for path, other in others:
         for name in SAME:
             if other.get(name) != first.get(name):
-                raise UserError(f"{shown(path)} has {name} {other.get(name)}, {shown(paths[0])} {first.get(name)}.",
+                raise UserError(f"{shown(path)} has {name} {other.get(name)}, {shown(origin)} {first.get(name)}.",
                                 "give files of one way of measuring.")
         for name in ("device", "torch"):
             if other["environment"][name] != first["environment"][name]:
-                raise UserError(f"{shown(path)} is of {other['environment'][name]}, {shown(paths[0])} of "
+                raise UserError(f"{shown(path)} is of {other['environment'][name]}, {shown(origin)} of "
                                 f"{first['environment'][name]}.", "give files of one machine and one torch.")
         rows = {(row["step"], row["context"], row["batch"]): row for row in other["rows"]} | rows
-    batches = {batch for one in (first, *others) for batch in one["batches"]}
+    batches = {batch for one in records.values() for batch in one["batches"]}
     return first | {"rows": list(rows.values()), "batches": sorted(batches)}
 
 
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if not args.decode:
         raise UserError("no decoding speeds were given.", "make frontier FILE=name.json, which make bench-decode has written.")
-    decode = read_all(args.decode)
+    decode = joined({path: read_decode(path) for path in args.decode})
     if args.folder and not args.folder.is_dir():
         raise UserError(f"there is no folder {shown(args.folder)}.", "give a study's folder of results.")
     study, folder, records = finished_cells(args.folder)

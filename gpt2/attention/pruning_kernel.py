@@ -88,7 +88,7 @@ def _forward(q, k, v, sums, log_weight, y, level, start, end, first, tokens, hea
 
 
 @triton.jit
-def _slopes(queries, keys, values, grads, mean, log_sum, i, j, start, end, log_weight, scale, values_only: tl.constexpr):
+def _slopes(queries, keys, values, grads, mean, log_sum, i, j, end, log_weight, scale, values_only: tl.constexpr):
     """Of a tile [rows, columns]: what weighs the values, the loss's gradient of it, and the gradient of the scores."""
     s = _scores(queries, keys, i, j, end, log_weight, scale, not values_only)
     p = tl.where((i < end)[:, None], tl.exp(s - log_sum[:, None]), 0.0)
@@ -130,8 +130,8 @@ def _backward_columns(q, k, v, grad, log_weight, level, mean, dk, dv, gain, firs
         grads = _tile(grad, i - first, dim, dim, wide, inside)
         log_sum = tl.load(level + i - first, mask=inside, other=0.0)
         own = tl.load(mean + i - first, mask=inside, other=0.0)
-        weights, gradient, ds = _slopes(queries, keys, values, grads, own, log_sum, i, j, start, end, log_weight + m * tokens,
-                                        scale, values_only)
+        weights, gradient, ds = _slopes(queries, keys, values, grads, own, log_sum, i, j, end, log_weight + m * tokens, scale,
+                                        values_only)
         value_grad += tl.dot(tl.trans(weights.to(grads.dtype)), grads)
         key_grad += tl.dot(tl.trans(ds.to(queries.dtype)), queries)
         if soft:
@@ -169,7 +169,7 @@ def _backward_rows(q, k, v, grad, log_weight, level, mean, dq, first, block, tok
         j = j0 + tl.arange(0, columns)
         keys = _tile(k, j, k_token, key_dim, wide_key, j < end)
         values = _tile(v, j, v_token, dim, wide, j < end)
-        _, _, ds = _slopes(queries, keys, values, grads, own, log_sum, i, j, start, end, log_weight, scale, values_only)
+        _, _, ds = _slopes(queries, keys, values, grads, own, log_sum, i, j, end, log_weight, scale, values_only)
         query_grad += tl.dot(ds.to(keys.dtype), keys)
     channel = tl.arange(0, wide_key)
     tl.store(dq + (head * tokens + i)[:, None] * key_dim + channel[None, :], (query_grad * scale).to(dq.dtype.element_ty),

@@ -119,7 +119,7 @@ def pruned_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limit: t
     position, count = torch.arange(T, device=q.device), limit.round()
     y, log_weight, level = _outputs(q, v, first, block, dropout)
     attend: Any
-    if in_kernels(q, v, block, dropout):
+    if level.numel():
         from gpt2.attention import pruning_kernel  # Triton comes with the builds of torch that know a GPU
         attend, q, k, v = pruning_kernel.attend_block, *_with_near_channels(q, k, v)
     else:
@@ -143,7 +143,7 @@ def pruned_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limit: t
 
 
 def _outputs(q: torch.Tensor, v: torch.Tensor, first: int, block: int, dropout: float) -> tuple[torch.Tensor, ...]:
-    """y, log_weight and level, of any content."""
+    """y, log_weight and level, of any content; that there is a level says that kernels compute it, in both passes."""
     B, H, T, _ = q.shape
     level = (B, H, T - first) if in_kernels(q, v, block, dropout) else (0,)
     return (v.new_empty(B, H, T - first, v.size(3)), q.new_empty(B, H, len(blocks(T, first, block)), T, dtype=wide(q.dtype)),
@@ -168,7 +168,7 @@ def pruned_attention_backward(
         soft: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v and limit."""
     T, exact = q.size(2), wide(q.dtype)
-    if in_kernels(q, v, block, dropout):
+    if level.numel():
         from gpt2.attention import pruning_kernel
         mean = (grad.to(exact) * y).sum(3)
         q, k, v = _with_near_channels(q, k, v)

@@ -9,6 +9,7 @@ from matplotlib.patches import Patch
 from lib.tables import plural, size
 from scripts.diagramming.canvas import INK, NEUTRAL, PALETTE, REC, SOFT, STD, VALUE, panels, pointed_out, rows_of, tint
 from scripts.diagramming.sources import Sources, Waits, with_fewer_seeds
+from scripts.frontier import joined
 
 STUDY = "gpt2-kv-frontier-ablation"
 TINY, TINY_DECODE = "gpt2-kv-frontier-ablation+tiny", "decode.json"
@@ -74,9 +75,9 @@ def quality_speed_tradeoff(sources: Sources) -> Figure:
     of_both = (TINY, TINY, [TINY_DECODE]), (TRAINED, DECODE, [DECODE_FILE, COMPRESSED_FILE])
     for ax, (results, decode, files) in zip(axes, of_both, strict=True):
         report = sources.read(results, "report.json")
-        record, *more = [sources.read(decode, file) for file in files]
+        record = joined({sources.results / decode / file: sources.read(decode, file) for file in files})
         batch = max(record["batches"])
-        measured = {step: row for one in (*more, record) for step, row in speeds(one, batch).items()}
+        measured = speeds(record, batch)
         base = report["baseline"]
         points, looks, most = [], {}, max(step["seeds_done"] for step in report["steps"])
         for step in report["steps"]:

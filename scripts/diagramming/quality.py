@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 
 from lib.report import curves
 from lib.report.charts import DASHES, NEUTRAL, PALETTE, WORDS
+from scripts.diagramming.caches import TRAINED
 from scripts.diagramming.canvas import SOFT, panels, room_for, rows_of
 from scripts.diagramming.sources import Sources, Waits, with_fewer_seeds
 
-CACHES = "gpt2-kv-frontier-ablation+local+brief"
 ROUTER = "gpt2-ra-baseline-vs-routing+local+brief"
 MARKERS = {"triangle-down": "v", "triangle-up": "^", "diamond": "D", "square": "s", "circle": "o", "cross": "X"}
 
@@ -53,7 +53,7 @@ def forest(report: dict, title: str) -> Figure:
 
 def validation_quality(sources: Sources) -> Figure:
     """Smaller caches against GPT-2's."""
-    return forest(sources.read(CACHES, "report.json"), "Validation quality with a smaller cache")
+    return forest(sources.read(TRAINED, "report.json"), "Validation quality with a smaller cache")
 
 
 def router_final_comparison(sources: Sources) -> Figure:

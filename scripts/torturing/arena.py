@@ -317,7 +317,9 @@ def last_lines(said: str, number: int = 4) -> str:
 def interrupt(study: Study) -> None:
     """Begin (or resume) the study and stop it once its cell trains: there is a checkpoint then. A cell that was done before it
     could be stopped, on a machine that was busy with something else, is begun anew."""
-    for _ in range(TRIES):
+    for attempt in range(TRIES):
+        for cell in study.cells() if attempt else ():
+            shutil.rmtree(cell)
         with Files(study.out.parent) as files:
             process = study.start("cells", "RETRY=1")
             while process.poll() is None:
@@ -329,6 +331,4 @@ def interrupt(study: Study) -> None:
         study.settle()
         if any(list(cell.glob("checkpoint*.pt")) for cell in study.cells()):
             return
-        for cell in study.cells():
-            shutil.rmtree(cell)
     raise Failed(f"a cell was stopped {TRIES} times and has left no checkpoint: {last_lines(study.said())}")
