@@ -10,15 +10,14 @@ int64 on the CPU, draws the dropout of the weights, block by block; the backward
 
 Both passes work on [B, H, block, <=T] at a time and keep nothing of that size. They are operators because a compiler may join
 the weights of both passes and keep them, which is T x T again, and because it would unroll M blocks in each layer, which takes
-it minutes. On a GPU, in half precision and without dropout, gpt2/attention/pruning_kernel.py computes the blocks, and not even
-one of them is in memory; elsewhere operations do, of which nothing is fused. Kernels leave log sum exp of each row, `level`
-[B, H, T - first], for the backward pass, operations nothing ([0]). Which tokens are dropped is decided between blocks, in both.
+it minutes. On a GPU, in float32 or less and without dropout, they are the kernels of gpt2/attention/pruning_kernel.py, and not
+even one block is in memory; elsewhere they are operations, of which nothing is fused. Kernels leave log sum exp of each row,
+`level` [B, H, T - first], for the backward pass, operations nothing ([0]).
 
 Sums and softmax are float32 (float64 of float64); matmuls and, by operations, scores are in the type of q, while SDPA and the
 kernels keep scores in float32.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -31,7 +30,7 @@ from gpt2.layers import full_precision
 
 SOFTNESS = 1 / 8  # width of the soft threshold in blocks
 FLOOR = -30.0  # of log w: nothing beside 1 in float32, and far from the numbers that CPUs are slow with
-WIDEST_TILE, LARGEST_TILE = 128, 128 * 64  # of the kernels, padded to powers of two: a larger one does not fit into small GPUs
+WIDEST_TILE, TILE_BYTES = 128, 128 * 64 * 2  # of the kernels, padded to powers of two: small GPUs hold no larger one
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -85,52 +84,34 @@ def seeded(seed: torch.Tensor | int, device: torch.device) -> torch.Generator:
 def in_kernels(q: torch.Tensor, v: torch.Tensor, block: int, dropout: float) -> bool:
     """Whether gpt2/attention/pruning_kernel.py computes it; a tile of it has a block's rows and a head's channels."""
     rows, channels = (1 << (size - 1).bit_length() for size in (block, max(q.size(3), v.size(3))))
-    return (q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not dropout
-            and max(rows, channels) <= WIDEST_TILE and rows * channels <= LARGEST_TILE)
-
-
-def _attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sums: torch.Tensor, rows: tuple[int, int], block: int,
-                  scale: float, log_weight: torch.Tensor | None, y: torch.Tensor, level: torch.Tensor, values_only: bool,
-                  counts: bool, dropout: float, generator: torch.Generator | None) -> None:
-    """Rows [start, end): what they add to `sums` [B, H, T] if it `counts`; their part of y, if there is a `log_weight`."""
-    start, end = rows
-    p = softmax_weights(q[:, :, start:end], k[:, :, :end], scale,
-                        None if values_only or log_weight is None else log_weight[:, :, :end])
-    if counts:
-        sums[:, :, :end] += relative(p, start)
-    if log_weight is None:
-        return
-    if values_only:
-        p *= log_weight[:, :, None, :end].exp()
-    if generator is not None:
-        p *= dropped(p.shape, dropout, generator, p)
-    first = q.size(2) - y.size(2)
-    y[:, :, start - first:end - first] = p.to(v.dtype) @ v[:, :, :end]
+    return (q.is_cuda and q.dtype != torch.float64 and not dropout
+            and max(rows, channels) <= WIDEST_TILE and rows * channels * q.element_size() <= TILE_BYTES)
 
 
 @torch.library.custom_op("kablate::pruned_attention", mutates_args=())
 def pruned_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limit: torch.Tensor, seed: torch.Tensor, first: int,
                      block: int, scale: float, dropout: float, values_only: bool,
                      soft: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, log_weight, level = _outputs(q, v, first, block, dropout)
+    if level.numel():
+        from gpt2.attention import pruning_kernel  # Triton comes with the builds of torch that know a GPU
+        q, k, v = _with_near_channels(q, k, v)
+        pruning_kernel.forward(q, k, v, limit, first, block, scale, SOFTNESS * block, FLOOR, values_only, soft, y, log_weight,
+                               level)
+        return y, log_weight, level
     B, H, T, _ = q.shape
     exact = wide(q.dtype)
     sums = torch.zeros(B, H, T, dtype=exact, device=q.device)
     living = torch.ones(B, H, T, dtype=torch.bool, device=q.device)
-    position, count = torch.arange(T, device=q.device), limit.round()
-    y, log_weight, level = _outputs(q, v, first, block, dropout)
-    attend: Any
-    if level.numel():
-        from gpt2.attention import pruning_kernel  # Triton comes with the builds of torch that know a GPU
-        attend, q, k, v = pruning_kernel.attend_block, *_with_near_channels(q, k, v)
-    else:
-        attend = functools.partial(_attend_block, dropout=dropout, generator=seeded(seed, q.device) if dropout else None)
+    position = torch.arange(T, device=q.device)
+    generator = seeded(seed, q.device) if dropout else None
     with full_precision(q):
         for _, start, end in blocks(first, 0, block):
-            attend(q, k, v, sums, (start, end), block, scale, None, y, level, values_only, True)
+            sums[:, :, :end] += relative(softmax_weights(q[:, :, start:end], k[:, :, :end], scale), start)
         for m, start, end in blocks(T, first, block):
             n, now = start - block, log_weight[:, :, m].zero_()
             rank = ranks(sums[:, :, :n], position[:n], start, living[:, :, :n])
-            living[:, :, :n] &= rank < count
+            living[:, :, :n] &= rank < limit.round()
             if soft:
                 now[:, :, :n] = F.logsigmoid((limit - rank - 0.5) / (SOFTNESS * block))
                 if m:
@@ -138,7 +119,14 @@ def pruned_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, limit: t
                 now.clamp_(min=FLOOR)
             else:
                 now.masked_fill_(~living, -math.inf)
-            attend(q, k, v, sums, (start, end), block, scale, now, y, level, values_only, end < T)
+            p = softmax_weights(q[:, :, start:end], k[:, :, :end], scale, None if values_only else now[:, :, :end])
+            if end < T:
+                sums[:, :, :end] += relative(p, start)
+            if values_only:
+                p *= now[:, :, None, :end].exp()
+            if dropout:
+                p *= dropped(p.shape, dropout, generator, p)
+            y[:, :, start - first:end - first] = p.to(v.dtype) @ v[:, :, :end]
     return y, log_weight, level
 
 

@@ -155,6 +155,26 @@ def test_the_kernels_say_what_operations_do(values_only, soft, tokens, keep, blo
         assert torch.equal(c, d) and (c - a).norm() <= 1.5 * (b - a).norm() + 1e-3 * a.norm()
 
 
+@needs_gpu
+@MODES
+@pytest.mark.parametrize("soft", [False, True])
+@torch.no_grad()
+def test_the_kernels_see_no_later_token_and_say_in_float32_what_operations_do(values_only, soft, monkeypatch):
+    tokens, keep, block = 300, 120, 16
+    q, k, v = (x.cuda() for x in inputs(torch.float32, tokens=tokens))
+    limit, first = torch.tensor(keep - 2.0 * block, device="cuda"), 2 * block
+    arguments = limit, torch.tensor(0), first, block, SCALE, 0.0, values_only, soft
+    y, log_weight, level = pruned_attention(q, k, v, *arguments)
+    assert level.numel() and (soft or (log_weight < 0).any())
+    for border in (70, 161, 299):
+        later = [torch.cat([x[:, :, :border], -2 * x[:, :, border:]], 2) for x in (q, k, v)]
+        assert torch.equal(pruned_attention(*later, *arguments)[0][:, :, :border - first], y[:, :, :border - first])
+    monkeypatch.setattr(pruning_op, "in_kernels", lambda *_: False)
+    plain, decided, _ = pruned_attention(q, k, v, *arguments)
+    torch.testing.assert_close(y, plain, rtol=0, atol=2e-5)
+    torch.testing.assert_close(log_weight, decided, rtol=0, atol=1e-3)
+
+
 @MODES
 @pytest.mark.parametrize("soft", [False, True])
 def test_the_operator_is_what_the_compiler_is_told(values_only, soft):
