@@ -280,8 +280,8 @@ def backward(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
     gain = torch.zeros_like(log_weight) if soft else log_weight
     common = (first, block, T, H, scale, *_strides(q, k, v), M * T)
     shapes = _shapes(q, v, block)
-    # Of the kernel of columns in stages, with blocks shorter than 64 rows, Triton 3.6 leaves a Hopper's products in flight while
-    # it overwrites what they read: dk was wrong, and another each time. In one stage it waits for each, and is as fast.
+    # The kernel of columns in stages, with blocks shorter than 64 rows: Triton 3.6 leaves products in flight on a Hopper while
+    # it overwrites what they read, and dk was wrong, and another each time. In one stage it waits for each, and is as fast.
     one_stage = shapes | {"num_stages": 1}
     with torch.cuda.device_of(q):
         _backward_columns[(triton.cdiv(T, shapes["columns"]), B * H)](q, k, v, grad, log_weight, level, mean, dk, dv, gain,

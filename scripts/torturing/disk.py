@@ -7,6 +7,7 @@ left out; those of `sites`, which need none, remain.
 """
 
 import ctypes
+import errno
 import os
 import shutil
 import signal
@@ -92,11 +93,18 @@ class Disk:
             raise OSError(f"mount: {done.stderr.strip()}")
 
     def fill(self, leave: int = 0) -> None:
-        room = os.statvfs(self.path)
-        size = room.f_bavail * room.f_bsize - leave
-        if size > 0:
-            with open(self.path / "ballast", "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, size)
+        for attempt in range(ATTEMPTS):
+            room = os.statvfs(self.path)
+            size = room.f_bavail * room.f_bsize - leave
+            if size <= 0:
+                return
+            try:
+                with open(self.path / "ballast", "wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, size)
+                return
+            except OSError as error:  # a process that was not stopped yet has taken some of it
+                if error.errno != errno.ENOSPC or attempt == ATTEMPTS - 1:
+                    raise
 
     def free(self) -> None:
         (self.path / "ballast").unlink(missing_ok=True)
