@@ -1,7 +1,7 @@
 """Draw the pictures of the docs from built models and committed results, as SVG and PNG.
 
     python -m scripts.diagrams                          all, into docs/images (make diagrams)
-    python -m scripts.diagrams folded_layout --out /tmp/pictures --set RA_R=8
+    python -m scripts.diagrams folded_layout --out pictures --set RA_R=8
 
 Nothing is trained. A picture whose results are not in docs/results yet is not drawn; what it waits for is said, and files that
 are left of it are removed.
